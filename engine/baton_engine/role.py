@@ -1,0 +1,83 @@
+"""What a role adds to the engine: a strategy object with a few hooks, so that one engine serves prefill, decode and both.
+
+The engine knows modes of requests (LOCAL, PREFILL, RESERVE), never transports or gRPC. A role binds them to the outside.
+Hooks run on the engine thread unless they say otherwise; none may block, none may raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton_common.errors import BatonError
+from baton_common.ids import PageHash, PageId, RequestId
+from baton_engine.request import FinishReason, Request
+from baton_engine.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Of one sampled token, after penalties and bias, before temperature and truncation; `top` is best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOut:
+    """One output token of one request."""
+
+    request_id: RequestId
+    position: int                       # 0 = first output token of the request's whole life
+    token_id: int
+    finish: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    cached_tokens: int | None = None    # with the first token that this worker makes
+
+
+class Fence(Protocol):
+    """Something may still touch pages until `done()` is true. Never becomes false again; polled, so it must be cheap."""
+
+    def done(self) -> bool: ...
+
+
+class Role(Protocol):
+    """Engine -> outside."""
+
+    def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None:
+        """RESERVE: `pages` (the whole prompt's page table) are leased; KV of [first_missing_token, prompt end) is wanted.
+
+        The request was in RESERVED before this call. Answer later with Engine.kv_received or Engine.kv_failed.
+        """
+
+    def on_local(self, request: Request) -> None:
+        """RESERVE turned into LOCAL because little enough is uncached: no KV will be wanted."""
+
+    def on_prefill_admitted(self, request: Request, pages: Sequence[PageId], computed_tokens: int) -> None:
+        """PREFILL: pages of the whole prompt; KV of [0, computed_tokens) is in them already (prefix hit)."""
+
+    def on_layers(self, plan: StepPlan, layer_begin: int, layer_end: int) -> None:
+        """KV of these layers is in the pool for every token of the plan. Runs on the device thread, in layer order."""
+
+    def on_prefill_done(self, request: Request, first: TokenOut) -> None:
+        """PREFILL: token #1 exists; the request is in SENDING and keeps its pages until Engine.handoff_done.
+
+        Not called when token #1 finished the request; then only on_tokens and release_kv are.
+        """
+
+    def on_tokens(self, step: int, tokens: Sequence[TokenOut]) -> None:
+        """All tokens of one step, in one call."""
+
+    def release_kv(self, request: Request, error: BatonError | None) -> Fence:
+        """PREFILL or RESERVE: the request is over, its pages are to be freed once the fence is done.
+
+        Must cause that no new gather or scatter on the pages starts. Called once, for every such request that reached
+        on_prefill_admitted or on_reserved, handed over or not.
+        """
+
+    def on_kv_events(self, stored: Sequence[PageHash], removed: Sequence[PageHash]) -> None:
+        """The prefix tree changed; at most once per step."""
+
+    def on_ended(self, request: Request, error: BatonError | None) -> None:
+        """The request owns nothing any more (FREED). Exactly once per submitted request."""

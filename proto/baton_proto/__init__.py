@@ -1,0 +1,3 @@
+"""Generated protobuf stubs of the wire; the sources are the `.proto` files in this folder."""
+
+PROTOCOL_VERSION = 1

@@ -1,0 +1,56 @@
+"""Build hook: turns `baton_proto/*.proto` into Python stubs, for wheels and for editable installs alike.
+
+The stubs are never edited and never committed. `python proto/build_stubs.py` does the same by hand while a `.proto` is
+being changed. It runs in a process of its own: grpc_tools and nixl cannot share one (their protobuf runtimes clash).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOM = Path(__file__).resolve().parent
+WITH_SERVICES = {"worker"}
+
+
+def generate(room: Path = ROOM) -> list[Path]:
+    """Write the stubs beside their sources and return them. Raises RuntimeError with protoc's exit status."""
+    from importlib.resources import files
+
+    from grpc_tools import protoc
+
+    include = str(files("grpc_tools") / "_proto")
+    sources = sorted((room / "baton_proto").glob("*.proto"))
+    for source in sources:
+        arguments = ["protoc", f"-I{room}", f"-I{include}", f"--python_out={room}", f"--pyi_out={room}"]
+        if source.stem in WITH_SERVICES:
+            arguments.append(f"--grpc_python_out={room}")
+        status = protoc.main([*arguments, str(source.relative_to(room))])
+        if status != 0:
+            raise RuntimeError(f"protoc failed with status {status} on {source}")
+    written = sorted((room / "baton_proto").glob("*_pb2*.py*"))
+    for stub in written:  # trailing whitespace makes otherwise equal stubs differ between protoc releases
+        stub.write_text(re.sub(r"[ \t]+$", "", stub.read_text(), flags=re.MULTILINE))
+    return written
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand, outside a build
+    pass
+else:
+
+    class StubsHook(BuildHookInterface[Any]):
+        """Called by hatchling before it collects files."""
+
+        PLUGIN_NAME = "custom"
+
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            generate()
+
+
+if __name__ == "__main__":
+    for path in generate():
+        sys.stdout.write(f"{path}\n")
