@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from grpc_tools import protoc
 
 ROOM = Path(__file__).resolve().parent
 WITH_SERVICES = {"worker"}
@@ -17,10 +20,6 @@ WITH_SERVICES = {"worker"}
 
 def generate(room: Path = ROOM) -> list[Path]:
     """Write the stubs beside their sources and return them. Raises RuntimeError with protoc's exit status."""
-    from importlib.resources import files
-
-    from grpc_tools import protoc
-
     include = str(files("grpc_tools") / "_proto")
     sources = sorted((room / "baton_proto").glob("*.proto"))
     for source in sources:

@@ -55,7 +55,9 @@ def resolve(
     environment: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Resolved[T]:
-    """Build `config` from its sources. `section` names its part of the file and its variables (BATON_<SECTION>_<FIELD>).
+    """Build `config` from its sources.
+
+    `section` names its part of the file and its variables (BATON_<SECTION>_<FIELD>).
 
     Raises ConfigError naming the field, the source and what is wrong.
     """
@@ -108,7 +110,7 @@ def from_command_line(
     """One flag per field, plus --config FILE and --explain. Returns the configuration and whether to explain only."""
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file with a section of settings per component")
-    parser.add_argument("--explain", action="store_true", help="print each setting, its value and its source, then exit")
+    parser.add_argument("--explain", action="store_true", help="print each setting and its source, then exit")
     for name, text in describe(config).items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text.replace("%", "%%"))
     flags = vars(parser.parse_args(argv))

@@ -1,6 +1,6 @@
-"""What a role adds to the engine: a strategy object with a few hooks, so that one engine serves prefill, decode and both.
+"""What a role adds to the engine: a strategy object with a few hooks, so that one engine serves all roles.
 
-The engine knows modes of requests (LOCAL, PREFILL, RESERVE), never transports or gRPC. A role binds them to the outside.
+The engine knows modes of requests (LOCAL, PREFILL, RESERVE), never transports or gRPC; a role binds them to the outside.
 Hooks run on the engine thread unless they say otherwise; none may block, none may raise.
 """
 
@@ -37,7 +37,7 @@ class TokenOut:
 
 
 class Fence(Protocol):
-    """Something may still touch pages until `done()` is true. Never becomes false again; polled, so it must be cheap."""
+    """Something may still touch pages until `done()` is true. Never false again; polled, so cheap."""
 
     def done(self) -> bool: ...
 
@@ -46,7 +46,7 @@ class Role(Protocol):
     """Engine -> outside."""
 
     def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None:
-        """RESERVE: `pages` (the whole prompt's page table) are leased; KV of [first_missing_token, prompt end) is wanted.
+        """RESERVE: `pages` (the whole prompt's table) are leased; KV of [first_missing_token, prompt end) is wanted.
 
         The request was in RESERVED before this call. Answer later with Engine.kv_received or Engine.kv_failed.
         """
