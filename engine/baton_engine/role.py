@@ -1,6 +1,6 @@
 """What a role adds to the engine: a strategy object with a few hooks, so that one engine serves all roles.
 
-The engine knows modes of requests (LOCAL, PREFILL, RESERVE), never transports or gRPC; a role binds them to the outside.
+The engine knows modes of requests (LOCAL, PREFILL, RESERVE), never transports or gRPC; a role binds them to those.
 Hooks run on the engine thread unless they say otherwise; none may block, none may raise.
 """
 
