@@ -30,11 +30,11 @@ class PageLayout:
     """Shape and order of one rank's KV pool. Two workers with equal layouts can exchange pages without conversion."""
 
     layers: int
-    kv: int                    # 2 (keys and values); 1 for MLA
-    heads: int                 # KV heads of this rank
-    page_tokens: int           # 16..128
+    kv: int  # 2 (keys and values); 1 for MLA
+    heads: int  # KV heads of this rank
+    page_tokens: int  # 16..128
     dim: int
-    dtype: str                 # key of DTYPE_BYTES
+    dtype: str  # key of DTYPE_BYTES
     order: AxisOrder = AxisOrder.PAGE_LAYER_KV_HEAD_TOKEN_DIM
 
     def __post_init__(self) -> None:
