@@ -1,0 +1,69 @@
+# From a fresh machine to a served model: `make up`. Everything is installed in .venv; a second call does only what is
+# missing. `make help` lists the targets.
+PORT ?= 8000
+NAME ?= default
+MODEL ?=
+UP ?=
+TESTS ?= tests
+PYTHON ?=
+UPGRADE ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard proto/baton_proto/*.proto)
+STUBS := proto/baton_proto/worker_pb2.py
+
+.PHONY: help up down install test lint bench lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make up      install what is missing, start router + prefill + decode, return when they serve"
+	@echo "             PORT=$(PORT) NAME=$(NAME) MODEL=folder-or-hub-name UP='more flags of baton up'"
+	@echo "make down    stop them (NAME=$(NAME))"
+	@echo "make test    the test suite (TESTS=tests/cli for one room)"
+	@echo "make lint    ruff, mypy, import rings, the torch-free rooms, sizes and settings"
+	@echo "make bench   value, ceiling and fraction of each figure on this machine"
+	@echo "make lock    write constraints.txt anew (UPGRADE=--upgrade for the newest versions)"
+	@echo "make clean   remove the virtual environment and all caches"
+
+up: install
+	@$(BIN)/baton up $(MODEL) --detach --name $(NAME) --port $(PORT) $(UP)
+
+down:
+	@if [ -x $(BIN)/baton ]; then $(BIN)/baton down --name $(NAME); else echo "nothing is installed, nothing runs"; fi
+
+install: $(VENV)/.stamp $(STUBS)
+
+$(BIN)/uv:
+	@python=$$(tools/find-python $(PYTHON)) && echo "make: virtual environment with $$python" && \
+	"$$python" -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.stamp: pyproject.toml constraints.txt | $(BIN)/uv
+	@echo "make: installing (the first time about 3 GB, most of it torch)"
+	@tools/install $(VENV) '.[dev]'
+	@touch $@
+
+# The build hook makes them during installation; this rule is for a .proto that changed since.
+$(STUBS): $(PROTOS) proto/build_stubs.py | $(VENV)/.stamp
+	@$(BIN)/python proto/build_stubs.py > /dev/null
+	@touch $@
+
+test: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process" $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process $(TESTS)
+
+lint: install
+	@echo "lint: ruff" && $(BIN)/ruff check .
+	@echo "lint: mypy --strict" && $(BIN)/mypy
+	@echo "lint: rings of imports" && $(BIN)/lint-imports
+	@echo "lint: rooms without torch" && $(BIN)/python tools/no_torch.py baton_router baton_operator baton.main
+	@echo "lint: sizes and settings" && $(BIN)/python tools/report.py
+
+bench: install
+	@$(BIN)/python -m bench
+
+lock: $(BIN)/uv
+	@$(BIN)/python tools/lock.py $(UPGRADE)
+
+clean:
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist $(wildcard proto/baton_proto/*_pb2*)
