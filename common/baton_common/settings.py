@@ -104,15 +104,52 @@ def _read_section(file: Path, section: str) -> Mapping[str, Any]:
     return part
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CommandLine:
+    """What was typed, not yet split into the sections of the configuration."""
+
+    file: Path | None
+    explain: bool
+    flags: Mapping[str, Mapping[str, str | None]]  # by section and field
+    environment: Mapping[str, str]
+
+    def resolve(self, config: type[T], *, section: str) -> Resolved[T]:
+        """The values of one section. Raises ConfigError like `resolve`."""
+        return resolve(
+            config, section=section, file=self.file, environment=self.environment, flags=self.flags[section]
+        )
+
+
+def parse_command_line(
+    sections: Mapping[str, type[Any]],
+    *,
+    program: str,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    flag_names: Mapping[tuple[str, str], str] | None = None,
+) -> CommandLine:
+    """One flag per field of every section, plus --config FILE and --explain.
+
+    A flag is called like its field, unless `flag_names` has another name for (section, field): flags are unique.
+    """
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="YAML file with a section of settings per component")
+    parser.add_argument("--explain", action="store_true", help="print each setting, its value and its source; exit")
+    for section, config in sections.items():
+        group = parser.add_argument_group(section)
+        for name, text in describe(config).items():
+            flag = (flag_names or {}).get((section, name), name).replace("_", "-")
+            group.add_argument(f"--{flag}", dest=f"{section}.{name}", help=text.replace("%", "%%"))
+    typed = vars(parser.parse_args(argv))
+    flags = {
+        section: {name: typed[f"{section}.{name}"] for name in describe(config)} for section, config in sections.items()
+    }
+    return CommandLine(file=typed["config"], explain=typed["explain"], flags=flags, environment=environment)
+
+
 def from_command_line(
     config: type[T], *, section: str, program: str, argv: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[Resolved[T], bool]:
-    """One flag per field, plus --config FILE and --explain. Returns the configuration and whether to explain only."""
-    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="YAML file with a section of settings per component")
-    parser.add_argument("--explain", action="store_true", help="print each setting and its source, then exit")
-    for name, text in describe(config).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text.replace("%", "%%"))
-    flags = vars(parser.parse_args(argv))
-    file, explain = flags.pop("config"), flags.pop("explain")
-    return resolve(config, section=section, file=file, environment=environment, flags=flags), explain
+    """The same for a program with one section. Returns the configuration and whether to explain only."""
+    line = parse_command_line({section: config}, program=program, argv=argv, environment=environment)
+    return line.resolve(config, section=section), line.explain

@@ -1,0 +1,1 @@
+"""The process shell that both worker roles share: gRPC, streams, health, drain, crash dump, metrics."""

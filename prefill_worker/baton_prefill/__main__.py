@@ -1,0 +1,5 @@
+"""`python -m baton_prefill`."""
+
+from baton_prefill.main import main
+
+main()
