@@ -17,25 +17,25 @@ from baton_common.ids import RequestId, TransferId
 class Mode(Enum):
     """What the router asked this worker to do."""
 
-    LOCAL = "local"        # prefill and decode here
-    PREFILL = "prefill"    # compute the prompt and token #1, hand the KV over
-    RESERVE = "reserve"    # lease pages, receive the KV, decode from token #2
+    LOCAL = "local"  # prefill and decode here
+    PREFILL = "prefill"  # compute the prompt and token #1, hand the KV over
+    RESERVE = "reserve"  # lease pages, receive the KV, decode from token #2
 
 
 class Phase(Enum):
-    QUEUED = "queued"            # waiting for admission; owns nothing
-    PREFILLING = "prefilling"    # owns a row and pages; part of the prompt is computed
-    SENDING = "sending"          # PREFILL mode: token #1 exists, the last chunks are on the way
-    HANDED_OFF = "handed_off"    # PREFILL mode: the receiver committed
-    RESERVED = "reserved"        # RESERVE mode: owns pages, no byte has arrived
-    RECEIVING = "receiving"      # RESERVE mode: chunks arrive
-    READY = "ready"              # RESERVE mode: KV complete and verified, waits for a row
-    RUNNING = "running"          # decodes
-    PREEMPTED = "preempted"      # lost its pages, will be recomputed
-    FINISHED = "finished"        # has its last token
-    ABORTING = "aborting"        # error or abort; no more steps will be planned
-    FENCING = "fencing"          # waits until nothing touches its pages (step, gather, scatter in flight)
-    FREED = "freed"              # owns nothing; terminal
+    QUEUED = "queued"  # waiting for admission; owns nothing
+    PREFILLING = "prefilling"  # owns a row and pages; part of the prompt is computed
+    SENDING = "sending"  # PREFILL mode: token #1 exists, the last chunks are on the way
+    HANDED_OFF = "handed_off"  # PREFILL mode: the receiver committed
+    RESERVED = "reserved"  # RESERVE mode: owns pages, no byte has arrived
+    RECEIVING = "receiving"  # RESERVE mode: chunks arrive
+    READY = "ready"  # RESERVE mode: KV complete and verified, waits for a row
+    RUNNING = "running"  # decodes
+    PREEMPTED = "preempted"  # lost its pages, its last step is in flight; will be recomputed
+    FINISHED = "finished"  # has its last token
+    ABORTING = "aborting"  # error or abort; no more steps will be planned
+    FENCING = "fencing"  # waits until nothing touches its pages (step, gather, scatter in flight)
+    FREED = "freed"  # owns nothing; terminal
 
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
@@ -47,7 +47,7 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.RECEIVING: frozenset({Phase.READY, Phase.ABORTING}),
     Phase.READY: frozenset({Phase.RUNNING, Phase.FINISHED, Phase.PREEMPTED, Phase.ABORTING}),
     Phase.RUNNING: frozenset({Phase.FINISHED, Phase.PREEMPTED, Phase.ABORTING}),
-    Phase.PREEMPTED: frozenset({Phase.QUEUED, Phase.ABORTING}),
+    Phase.PREEMPTED: frozenset({Phase.QUEUED, Phase.FINISHED, Phase.ABORTING}),
     Phase.FINISHED: frozenset({Phase.FENCING}),
     Phase.ABORTING: frozenset({Phase.FENCING}),
     Phase.FENCING: frozenset({Phase.FREED}),
@@ -64,17 +64,17 @@ class FinishReason(Enum):
 class SamplingParams:
     """How tokens are chosen. Ranges are checked at the edge (router) and again by `validate` in the sampler."""
 
-    temperature: float = 1.0            # 0 = greedy
-    top_k: int = 0                      # 0 = off
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0     # over prompt and output, HF semantics
-    presence_penalty: float = 0.0       # over output, OpenAI semantics
+    repetition_penalty: float = 1.0  # over prompt and output, HF semantics
+    presence_penalty: float = 0.0  # over output, OpenAI semantics
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0                       # noise = f(seed, output position): equal in any batch, on any worker
-    max_tokens: int = 16                # outputs in all
-    min_tokens: int = 0                 # end-of-sequence and stop ids are masked before
+    seed: int = 0  # noise = f(seed, output position): equal in any batch, on any worker
+    max_tokens: int = 16  # outputs in all
+    min_tokens: int = 0  # end-of-sequence and stop ids are masked before
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: bool = False
@@ -94,17 +94,17 @@ class Request:
     tokens: list[int]
     prompt_tokens: int
     sampling: SamplingParams
-    deadline_s: float                   # on the engine's clock
+    deadline_s: float  # on the engine's clock
     arrival_s: float
     priority: int = 0
     cache_salt: str = ""
-    transfer_id: TransferId | None = None    # PREFILL and RESERVE
-    send_from_token: int = 0                 # PREFILL: the receiver has the KV of everything before
-    local_below_tokens: int = 0              # RESERVE: start as LOCAL when fewer tokens are uncached
+    transfer_id: TransferId | None = None  # PREFILL and RESERVE
+    send_from_token: int = 0  # PREFILL: the receiver has the KV of everything before
+    local_below_tokens: int = 0  # RESERVE: start as LOCAL when fewer tokens are uncached
     phase: Phase = Phase.QUEUED
     stamps: dict[Phase, float] = field(default_factory=dict)
     preemptions: int = 0
-    cached_tokens: int = 0              # of the first admission: KV that was found, not computed
+    cached_tokens: int = 0  # of the first admission: KV that was found, not computed
 
     @property
     def output_tokens(self) -> int:

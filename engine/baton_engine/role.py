@@ -73,7 +73,8 @@ class Role(Protocol):
         """PREFILL or RESERVE: the request is over, its pages are to be freed once the fence is done.
 
         Must cause that no new gather or scatter on the pages starts. Called once, for every such request that reached
-        on_prefill_admitted or on_reserved, handed over or not.
+        on_prefill_admitted or on_reserved, handed over or not. A RESERVE request that is preempted after its KV arrived
+        gets the call then (error None): it goes on as LOCAL, and only on_tokens and on_ended follow.
         """
 
     def on_kv_events(self, stored: Sequence[PageHash], removed: Sequence[PageHash]) -> None:

@@ -30,7 +30,7 @@ class RowAdmission:
     request_id: RequestId
     row: RowId
     sampling: SamplingParams
-    tokens: tuple[int, ...]     # prompt, and outputs made before this admission: penalties count them
+    tokens: tuple[int, ...]  # prompt, and outputs made before this admission: penalties count them
     prompt_tokens: int
 
 
@@ -42,10 +42,10 @@ class RowWork:
     row: RowId
     start: int
     count: int
-    sample: bool                    # the last position's logits are sampled: the row gets one token
-    output_position: int            # of the sampled token, 0 = first output; meaningless without `sample`
-    input_ids: tuple[int, ...]      # count ids; empty = the one input is last_token[row], still on the device
-    first_new_page: int             # index in the row's page table where new_pages go
+    sample: bool  # the last position's logits are sampled: the row gets one token
+    output_position: int  # of the sampled token, 0 = first output; meaningless without `sample`
+    input_ids: tuple[int, ...]  # count ids; empty = the one input is last_token[row], still on the device
+    first_new_page: int  # index in the row's page table where new_pages go
     new_pages: tuple[PageId, ...]
 
 
@@ -71,13 +71,13 @@ class StepInputs:
     """
 
     form: Form
-    input_ids: Tensor      # int64[T]
-    positions: Tensor      # int64[T]
-    write_pages: Tensor    # int64[T]   page that receives the token's K and V
+    input_ids: Tensor  # int64[T]
+    positions: Tensor  # int64[T]
+    write_pages: Tensor  # int64[T]   page that receives the token's K and V
     write_offsets: Tensor  # int64[T]   token slot inside that page
-    cu_q: Tensor           # int32[B+1] row b owns query tokens [cu_q[b], cu_q[b+1])
-    kv_lens: Tensor        # int32[B]   tokens of the row after this step's writes
-    page_table: Tensor     # int32[B, P]
-    sample_index: Tensor   # int64[S]   positions in [0, T) whose logits are wanted
-    cu_q_host: tuple[int, ...]      # the same on the host: the CPU reference loops over rows, GPUs do not read it
+    cu_q: Tensor  # int32[B+1] row b owns query tokens [cu_q[b], cu_q[b+1])
+    kv_lens: Tensor  # int32[B]   tokens of the row after this step's writes
+    page_table: Tensor  # int32[B, P]
+    sample_index: Tensor  # int64[S]   positions in [0, T) whose logits are wanted
+    cu_q_host: tuple[int, ...]  # the same on the host: the CPU reference loops over rows, GPUs do not read it
     kv_lens_host: tuple[int, ...]

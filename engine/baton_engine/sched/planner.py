@@ -1,0 +1,234 @@
+"""Makes one StepPlan: running decodes, then continuing prefills and new admissions inside the token budget.
+
+Invariants: every decode that has its page is in the step; planned tokens <= step_tokens; every planned position has
+a leased page; only requests that may be recomputed are preempted (never a handoff in progress), newest first.
+Does not know: sampled values, stop rules, fences. Functions run on the engine thread and touch only the lifecycle.
+"""
+
+from __future__ import annotations
+
+from baton_common.ids import PageId
+from baton_engine.kv.tree import Match
+from baton_engine.request import Mode, Phase
+from baton_engine.sched import policy
+from baton_engine.sched.config import SchedulerConfig
+from baton_engine.sched.entry import Entry, StepFence
+from baton_engine.sched.lifecycle import Lifecycle
+from baton_engine.sched.records import PrefillAdmitted
+from baton_engine.step import Form, RowAdmission, RowWork, StepPlan
+
+
+class Planner:
+    """`crowded` is true while somebody waits so long for pages that nobody may overtake."""
+
+    def __init__(self, config: SchedulerConfig, context_tokens: int, life: Lifecycle) -> None:
+        self._config = config
+        self._context_tokens = context_tokens
+        self._life = life
+        self.crowded = False
+
+    def make(self, number: int, fence: StepFence, now_s: float) -> tuple[StepPlan, list[Entry]] | None:
+        """The plan and, aligned with its work, the entries. None when there is nothing to compute."""
+        draft = _Draft(fence)
+        for entry in self._life.decoding:
+            if entry.queue is self._life.decoding and not entry.ends_by_itself(self._context_tokens):
+                self._decode(entry, draft, now_s)
+        self._start_ready(draft, now_s)
+        budget = self._config.step_tokens - draft.tokens
+        self._admit(budget, now_s)
+        self._prefill(draft, budget, now_s)
+        return draft.finish(number)
+
+    def table_pages(self, entry: Entry) -> int:
+        """Pages to lease at admission: the whole prompt; all pages to the very end when preemption is used up."""
+        request, page = entry.request, self._config.page_tokens
+        tokens = len(request.tokens)
+        if request.mode is not Mode.PREFILL and request.preemptions >= self._config.preemption_limit:
+            # The last token's KV is never written: nothing follows it.
+            tokens = max(tokens, policy.longest_tokens(request, self._context_tokens) - 1)
+        return -(-tokens // page)
+
+    def admissible(self, entry: Entry) -> tuple[Match, int] | None:
+        """Prefix match and table size, if the pages can be had now with head-room for those who run already.
+
+        At least the last token is computed, so that there are logits to sample: a full hit stops one page short.
+        """
+        life, request = self._life, entry.request
+        page = self._config.page_tokens
+        match = life.cache.match(entry.hash_pages(len(request.tokens) - 1, page))
+        pages = self.table_pages(entry)
+        # One page for each request that may cross a page border soon. Alone, all is yours.
+        alone = life.cache.counts().leased == 0
+        growing = (request.mode is not Mode.PREFILL) + len(life.decoding) + len(life.ready) + len(life.staged)
+        spare = 0 if alone else growing
+        return (match, pages) if life.cache.fits(match, pages, spare) else None
+
+    # ---- decodes --------------------------------------------------------------------------------------------------
+    def _decode(self, entry: Entry, draft: _Draft, now_s: float) -> None:
+        start = entry.length - 1
+        if not self._reach(entry, start + 1, now_s):
+            return
+        # The device holds the newest token unless it came from elsewhere, with the row or after all steps.
+        known = () if entry.pending else (entry.request.tokens[-1],)
+        draft.add(entry, start=start, count=1, sample=True, input_ids=known)
+
+    def _start_ready(self, draft: _Draft, now_s: float) -> None:
+        """READY requests wait for pages as long as anybody computes; only then they take them from each other."""
+        life = self._life
+        for entry in life.ready:
+            if not life.free_rows:
+                return
+            if entry.queue is not life.ready or not self._reach(entry, entry.length, now_s, preempt=not draft.tokens):
+                continue
+            life.take_row(entry)
+            entry.request.advance(Phase.RUNNING, now_s)
+            life.decoding.add(entry)
+            self._decode(entry, draft, now_s)
+
+    def _reach(self, entry: Entry, tokens: int, now_s: float, *, preempt: bool = True) -> bool:
+        """Pages for positions [0, tokens), preempting others if it must. False: not in this step, or preempted."""
+        life, lease = self._life, entry.lease
+        assert lease is not None, "a request without pages is in no decoding queue"
+        missing = -(-tokens // self._config.page_tokens) - len(lease.pages)
+        while missing > 0 and not life.cache.grow(lease, missing):
+            ending = any(other.ends_by_itself(self._context_tokens) for other in life.decoding)
+            if ending or life.pages_coming() or not preempt:
+                return False
+            victim = self._victim(entry)
+            life.preempt(victim, now_s)
+            if victim is entry:
+                return False
+        return True
+
+    def _victim(self, needy: Entry) -> Entry:
+        """The last in order that may lose its pages; never one before `needy`, which may lose its own.
+
+        Who has used up its preemptions holds all its pages, so a needy one is never capped.
+        """
+        life = self._life
+        limit = self._config.preemption_limit
+        candidates = [
+            entry
+            for queue in (life.decoding, life.prefilling, life.ready)
+            for entry in queue
+            if entry.request.mode is not Mode.PREFILL
+            and entry.request.preemptions < limit
+            and not entry.ends_by_itself(self._context_tokens)
+        ]
+        return max(candidates, key=lambda entry: entry.order, default=needy)
+
+    # ---- prefills -------------------------------------------------------------------------------------------------
+    def _admit(self, budget: int, now_s: float) -> None:
+        """Move waiting requests to the rows. Who does not fit is skipped, until it has waited `patience_s`."""
+        life, page = self._life, self._config.page_tokens
+        short = max(page, self._config.step_tokens // self._config.partial_prefills)
+        active = [entry.remaining for entry in life.prefilling]
+        # Each prefill in progress gets a page per step at the least; more of them would only hold pages.
+        promised = sum(min(remaining, page) for remaining in active)
+        long = sum(remaining > short for remaining in active)
+        self.crowded = False
+        if not life.free_rows:
+            return
+        for scanned, entry in enumerate(life.waiting):
+            if not life.free_rows or promised >= budget or scanned >= self._config.scan_limit:
+                return
+            found = self.admissible(entry)
+            if found is None:
+                if now_s - entry.queued_s >= self._config.patience_s:
+                    self.crowded = True
+                    return
+                continue
+            match, pages = found
+            remaining = len(entry.request.tokens) - len(match.pages) * page
+            if remaining > short and long >= self._config.partial_prefills:
+                continue
+            promised += min(remaining, page)
+            long += remaining > short
+            self._start_prefill(entry, match, pages, now_s)
+
+    def _start_prefill(self, entry: Entry, match: Match, pages: int, now_s: float) -> None:
+        life, request = self._life, entry.request
+        entry.lease = life.cache.lease(request.request_id, match, pages)
+        entry.fences = [fence for fence in entry.fences if not fence.done()]  # of the time before a preemption
+        entry.goal = len(request.tokens)
+        entry.planned = entry.written = len(match.pages) * self._config.page_tokens
+        if not request.preemptions:
+            request.cached_tokens = entry.planned
+        request.advance(Phase.PREFILLING, now_s)
+        life.take_row(entry)
+        life.prefilling.add(entry)
+        if request.mode is Mode.PREFILL:
+            entry.announced = True
+            life.outbox.append(
+                PrefillAdmitted(request=request, pages=tuple(entry.lease.pages), computed_tokens=entry.planned)
+            )
+
+    def _prefill(self, draft: _Draft, budget: int, now_s: float) -> None:
+        life = self._life
+        order = sorted(life.prefilling, key=lambda entry: policy.prefill_order(entry, now_s))
+        wants = [(entry.planned, entry.remaining) for entry in order]
+        for entry, count in zip(order, policy.share_out(wants, budget, self._config.page_tokens), strict=True):
+            if not count:
+                continue
+            start, last = entry.planned, count == entry.remaining
+            ids = tuple(entry.request.tokens[start : start + count])
+            draft.add(entry, start=start, count=count, sample=last, input_ids=ids)
+            if last and entry.request.mode is Mode.PREFILL:
+                life.prefilling.remove(entry)  # keeps its row until its token is collected
+            elif last:
+                life.decoding.add(entry)
+
+
+class _Draft:
+    """A plan being written."""
+
+    def __init__(self, fence: StepFence) -> None:
+        self.tokens = 0
+        self._fence = fence
+        self._admissions: list[RowAdmission] = []
+        self._work: list[RowWork] = []
+        self._entries: list[Entry] = []
+
+    def add(self, entry: Entry, *, start: int, count: int, sample: bool, input_ids: tuple[int, ...]) -> None:
+        request, row, lease = entry.request, entry.row, entry.lease
+        assert row is not None, "work needs a row"
+        assert lease is not None, "work needs pages"
+        if not entry.row_told:
+            entry.row_told = True
+            self._admissions.append(
+                RowAdmission(
+                    request_id=request.request_id,
+                    row=row,
+                    sampling=request.sampling,
+                    tokens=tuple(request.tokens),
+                    prompt_tokens=request.prompt_tokens,
+                )
+            )
+        fresh: tuple[PageId, ...] = tuple(lease.pages[entry.table_told :])
+        self._work.append(
+            RowWork(
+                request_id=request.request_id,
+                row=row,
+                start=start,
+                count=count,
+                sample=sample,
+                output_position=request.output_tokens + entry.pending,
+                input_ids=input_ids,
+                first_new_page=entry.table_told,
+                new_pages=fresh,
+            )
+        )
+        self._entries.append(entry)
+        self.tokens += count
+        entry.table_told += len(fresh)
+        entry.planned = start + count
+        entry.pending += sample
+        entry.open_steps += 1
+        entry.last_step = self._fence
+
+    def finish(self, number: int) -> tuple[StepPlan, list[Entry]] | None:
+        if not self._work:
+            return None
+        form = Form.DECODE if all(item.count == 1 for item in self._work) else Form.RAGGED
+        plan = StepPlan(number=number, form=form, admissions=tuple(self._admissions), work=tuple(self._work))
+        return plan, self._entries
