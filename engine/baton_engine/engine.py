@@ -1,48 +1,51 @@
 """The door of the engine: requests in, role hooks out, one thread in between.
 
 One iteration of the engine thread: drain the inbox (blocks only when idle), retire fences, plan step n+1, launch it
-behind step n, collect step n, call the hooks, check invariants. Everything that a request owns is touched by this thread
-alone; other threads talk to it through the inbox.
+behind step n, collect step n, call the hooks, check invariants. Everything that a request owns is touched by this
+thread alone; other threads talk to it through the inbox.
 It knows modes of requests and nothing of transports, gRPC or roles; see `role.py` for what it tells them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import torch
 
 from baton_common.clock import Clock
-from baton_common.errors import BatonError
+from baton_common.errors import BatonError, Draining, ErrorKind, InvalidRequest
+from baton_common.hashing import chain_root
 from baton_common.ids import PageHash, RequestId
 from baton_engine.config import EngineConfig
+from baton_engine.dump import crash_dump
 from baton_engine.exec.device import Device
 from baton_engine.exec.pool import KvPool
+from baton_engine.exec.runner import Runner, StepHandle
+from baton_engine.exec.sampler import validate
+from baton_engine.exec.sizing import available_bytes, kv_pages
 from baton_engine.models.loader import LoadedModel
-from baton_engine.request import Request
+from baton_engine.request import Mode, Phase, Request
 from baton_engine.role import Role, TokenLogprobs
+from baton_engine.sched import records
+from baton_engine.sched.config import SchedulerConfig
+from baton_engine.sched.scheduler import Scheduler
+from baton_engine.stats import EngineStats, StatsKeeper
+from baton_engine.step import StepPlan
 
 CrashHandler = Callable[[BaseException, Mapping[str, object]], None]
 """Called on the engine thread after it failed: the exception, and a JSON-able dump (last plan, phases, page ledger).
 Every request has had its on_ended by then, as far as that was possible."""
 
+Event = Callable[[float], None]  # run on the engine thread, with the time
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """A snapshot for load messages and health; `steps` advances as long as the engine does anything."""
-
-    steps: int
-    empty: bool                        # no request is anywhere: queue, rows, reservations, fences, inbox
-    queued_requests: int
-    queued_tokens: int                 # prompt tokens of waiting and running requests that are not computed yet
-    running: int                       # requests that hold a row
-    reserved: int                      # requests that hold pages and wait for their KV
-    free_pages: int
-    cached_pages: int                  # in the prefix tree, held by nobody: evictable
-    leased_pages: int                  # held by requests
-    in_flight_pages: int               # held by a fence alone
-    total_pages: int
-    step_ms: float                     # moving average, launch to collect
-    prefill_tokens_per_s: float        # moving average
+IDLE_WAIT_S = 1.0  # most that an idle engine sleeps without looking at the clock
+STOP_TIMEOUT_S = 10.0  # for steps in flight and the fences of the role; what is left is abandoned
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -68,52 +71,311 @@ class Engine:
         on_crash: CrashHandler,
     ) -> None:
         """Allocates the KV pool. ConfigError, naming the setting to change, when it cannot hold one full context."""
-        raise NotImplementedError
+        self._config = config
+        self._role = role
+        self._clock = clock
+        self._on_crash = on_crash
+        self._vocab = model.spec.vocab_size
+        context_tokens = min(config.context_tokens or model.spec.context_tokens, model.spec.context_tokens)
+        layout = model.spec.layout(config.page_tokens, config.dtype if config.kv_dtype == "auto" else config.kv_dtype)
+        self.pool = KvPool(layout, kv_pages(config, layout, context_tokens, available_bytes()), device)
+        self.hash_root = chain_root(model.digest)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                total_pages=self.pool.pages,
+                page_tokens=config.page_tokens,
+                rows=config.max_rows,
+                step_tokens=config.step_tokens,
+                context_tokens=context_tokens,
+                hash_root=self.hash_root,
+                eos_token_ids=frozenset(model.eos_token_ids),
+                max_queued=config.max_queue,
+                max_reserved=config.max_reserved,
+            )
+        )
+        self.context_tokens = self._scheduler.context_tokens
+        self._runner = Runner(
+            model.decoder, self.pool, device, clock,
+            rows=config.max_rows, context_tokens=context_tokens, vocab=self._vocab,
+            eos_token_ids=model.eos_token_ids, layer_group=config.layer_group,
+        )  # fmt: skip
+        self._inbox: SimpleQueue[Event] = SimpleQueue()
+        self._door = threading.Lock()  # guards _closed and _submitted
+        self._closed: BatonError | None = None
+        self._submitted = 0
+        self._thread = threading.Thread(target=self._run, name="baton-engine", daemon=True)
+        # Engine thread only, from here on.
+        self._live: dict[RequestId, Request] = {}
+        self._announced: dict[RequestId, Request] = {}  # the role knows their pages: release_kv is due
+        self._hashes: set[PageHash] = set()  # copied by other threads; a copy of a set of bytes is atomic
+        self._in_flight: StepHandle | None = None
+        self._last_plan: StepPlan | None = None
+        self._ended = 0
+        self._stop_at_s: float | None = None
+        self._checked_idle = True
+        self._stats = StatsKeeper(self._scheduler.load())
+        self._hooks: Mapping[type[records.Outcome], Callable[..., None]] = {
+            records.Tokens: lambda outcome: role.on_tokens(outcome.step, outcome.tokens),
+            records.Reserved: self._reserved,
+            records.TurnedLocal: lambda outcome: role.on_local(outcome.request),
+            records.PrefillAdmitted: self._prefill_admitted,
+            records.PrefillDone: lambda outcome: role.on_prefill_done(outcome.request, outcome.first),
+            records.KvRelease: self._release,
+            records.Preempted: _log_preempted,
+            records.KvEvents: self._kv_events,
+            records.Ended: self._end,
+        }
 
+    # ---- any thread -----------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Start the engine thread. Once."""
-        raise NotImplementedError
+        self._thread.start()
 
     def stop(self) -> None:
         """End everything in flight with Draining and join the thread. Blocks at most for the steps in flight and the
         fences of the role. Safe to call twice; not from a hook. The device stays open: it is the caller's."""
-        raise NotImplementedError
+        self._inbox.put(self._begin_stop)
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def submit(self, request: Request) -> None:
-        """Take a request. The answer, a refusal too, comes through the role: on_ended(request, error)."""
-        raise NotImplementedError
+        """Take a request. The answer, a refusal too, comes through the role: on_ended(request, error).
+
+        After the end of the engine thread that hook runs on the caller's thread.
+        """
+        with self._door:
+            closed = self._closed
+            if closed is None:
+                self._submitted += 1
+                self._inbox.put(partial(self._admit, request))
+                return
+        _walk_out(request, self._clock.now())
+        self._role.on_ended(request, closed)
 
     def abort(self, request_id: RequestId, error: BatonError) -> None:
         """End a request with `error`. Unknown or ended ids are ignored: an abort may cross an end."""
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.abort, request_id, error))
 
     def kv_receiving(self, request_id: RequestId) -> None:
         """RESERVE: the first chunk arrived."""
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.kv_receiving, request_id))
 
     def kv_received(self, request_id: RequestId, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """RESERVE: the KV of the prompt is complete and verified; `token_id` is output #1, made by the sender.
 
         The role gets no on_tokens for it: its client has it already. Decode goes on with output #2.
+        Only when our rules end the request with it, on_tokens has it once, with `finish`.
         """
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.kv_received, request_id, token_id, logprobs))
 
     def kv_failed(self, request_id: RequestId, error: BatonError) -> None:
         """RESERVE: no KV will come. The request ends with `error` once `release_kv`'s fence is done."""
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.kv_failed, request_id, error))
 
     def handoff_done(self, request_id: RequestId) -> None:
         """PREFILL: the receiver committed; the request ends without error."""
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.handoff_done, request_id))
 
     def handoff_failed(self, request_id: RequestId, error: BatonError) -> None:
         """PREFILL: the receiver will never commit; the request ends with `error`."""
-        raise NotImplementedError
+        self._inbox.put(partial(self._scheduler.handoff_failed, request_id, error))
 
     def stats(self) -> EngineStats:
-        """The state after the last iteration; cheap, no lock."""
-        raise NotImplementedError
+        """The state after the last iteration; cheap, no lock on the engine. `empty` is exact."""
+        with self._door:
+            empty = self._submitted == self._ended
+        return self._stats.snapshot(empty=empty)
 
     def cached_hashes(self) -> list[PageHash]:
-        """Every page hash in the prefix tree, for a KV-event snapshot. Blocks for at most one iteration."""
-        raise NotImplementedError
+        """Every page hash in the prefix tree: never older than the last on_kv_events, so later events apply to it."""
+        return list(self._hashes)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._iterate():
+                    pass
+            self._close(Draining("the worker has stopped; retry elsewhere"))
+        except BaseException as error:
+            self._crash(error)
+
+    def _iterate(self) -> bool:
+        """One iteration; false when a stop is complete."""
+        scheduler = self._scheduler
+        self._take_events(0.0)
+        now_s = self._clock.now()
+        scheduler.retire(now_s)
+        plan = scheduler.plan(now_s)
+        self._deliver()
+        previous, self._in_flight = self._in_flight, None if plan is None else self._launch(plan)
+        if previous is not None:
+            self._collect(previous)
+        elif plan is None:
+            return self._idle(now_s)
+        return True
+
+    def _launch(self, plan: StepPlan) -> StepHandle:
+        self._last_plan = plan
+        self._checked_idle = False
+        announced = self._announced
+        sends = bool(announced) and any(
+            item.request_id in announced and announced[item.request_id].mode is Mode.PREFILL for item in plan.work
+        )
+        handle = self._runner.launch(plan, self._role.on_layers if sends else None)
+        self._scheduler.launched(plan.number, handle.fence)
+        return handle
+
+    def _collect(self, handle: StepHandle) -> None:
+        result = handle.collect()
+        now_s = self._clock.now()
+        self._scheduler.collect(result.number, result.tokens, result.logprobs, now_s)
+        self._deliver()
+        self._stats.stepped(handle.plan, result.elapsed_s)
+        if self._stats.due(now_s):
+            self._stats.refresh(self._scheduler.load(), now_s)
+        if result.number % self._config.invariant_every == 0:
+            self._scheduler.check()
+
+    def _idle(self, now_s: float) -> bool:
+        load = self._scheduler.load()
+        self._stats.refresh(load, now_s)
+        if not self._checked_idle:
+            self._scheduler.check()
+            self._checked_idle = True
+        if self._stop_at_s is not None and (not self._live or now_s >= self._stop_at_s):
+            return False
+        sleep_s = self._scheduler.sleep_s(now_s)
+        self._take_events(IDLE_WAIT_S if sleep_s is None else min(sleep_s, IDLE_WAIT_S))
+        return True
+
+    def _take_events(self, wait_s: float) -> None:
+        """Run what is in the inbox; wait for a first event at most `wait_s`."""
+        try:
+            event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            while True:
+                event(self._clock.now())
+                event = self._inbox.get_nowait()
+        except Empty:
+            pass
+
+    def _deliver(self) -> None:
+        while outcomes := self._scheduler.drain():
+            for outcome in outcomes:
+                self._hooks[type(outcome)](outcome)
+
+    # ---- events ---------------------------------------------------------------------------------------------------
+    def _admit(self, request: Request, now_s: float) -> None:
+        try:
+            self._check(request)
+        except InvalidRequest as error:
+            error.request_id = request.request_id
+            _walk_out(request, now_s)
+            self._role.on_ended(request, error)
+            self._ended += 1
+            return
+        self._live[request.request_id] = request
+        self._scheduler.submit(request, now_s)
+        if self._stop_at_s is not None:
+            self._scheduler.abort(request.request_id, Draining("the worker stops; retry elsewhere"), now_s)
+
+    def _check(self, request: Request) -> None:
+        """What would break a tensor or a table; lengths and room are the scheduler's."""
+        tokens = request.tokens
+        if request.request_id in self._live:
+            raise InvalidRequest("a request with this id is running", param="request_id")
+        if not 1 <= request.prompt_tokens <= len(tokens):
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(tokens) < 0 or max(tokens) >= self._vocab:
+            strange = next(token for token in tokens if not 0 <= token < self._vocab)
+            raise InvalidRequest(f"token {strange} is not in the vocabulary of {self._vocab}", param="prompt")
+        validate(request.sampling, self._vocab)
+
+    def _begin_stop(self, now_s: float) -> None:
+        if self._stop_at_s is None:
+            self._stop_at_s = now_s + STOP_TIMEOUT_S
+            self._scheduler.abort_all(Draining("the worker stops; retry elsewhere"), now_s)
+
+    # ---- hooks ----------------------------------------------------------------------------------------------------
+    def _reserved(self, outcome: records.Reserved) -> None:
+        self._announced[outcome.request.request_id] = outcome.request
+        self._role.on_reserved(outcome.request, outcome.pages, outcome.first_missing_token)
+
+    def _prefill_admitted(self, outcome: records.PrefillAdmitted) -> None:
+        self._announced[outcome.request.request_id] = outcome.request
+        self._role.on_prefill_admitted(outcome.request, outcome.pages, outcome.computed_tokens)
+
+    def _release(self, outcome: records.KvRelease) -> None:
+        request = outcome.request
+        self._announced.pop(request.request_id, None)
+        fence = self._role.release_kv(request, outcome.error)
+        self._scheduler.kv_released(request.request_id, fence, self._clock.now())
+
+    def _kv_events(self, outcome: records.KvEvents) -> None:
+        self._hashes.difference_update(outcome.removed)  # before the hook: see cached_hashes
+        self._hashes.update(outcome.stored)
+        self._role.on_kv_events(outcome.stored, outcome.removed)
+
+    def _end(self, outcome: records.Ended) -> None:
+        self._live.pop(outcome.request.request_id, None)
+        self._role.on_ended(outcome.request, outcome.error)
+        self._ended += 1
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+    def _close(self, error: BatonError) -> None:
+        """No submission is lost: what the inbox still holds is answered here, what comes later by `submit`."""
+        with self._door:
+            self._closed = error
+        while True:
+            try:
+                self._inbox.get_nowait()(self._clock.now())
+                self._deliver()
+            except Empty:
+                break
+        for request in list(self._live.values()):
+            self._abandon(request, error)
+
+    def _abandon(self, request: Request, error: BatonError) -> None:
+        """The last word on a request whose pages nobody will ever free: this engine runs no more steps."""
+        if self._announced.pop(request.request_id, None) is not None:
+            with contextlib.suppress(Exception):
+                self._role.release_kv(request, error)
+        self._live.pop(request.request_id, None)
+        with contextlib.suppress(Exception):
+            self._role.on_ended(request, error)
+        self._ended += 1
+
+    def _crash(self, cause: BaseException) -> None:
+        """Every request gets a typed end, then the owner of the process hears of it."""
+        dump = crash_dump(cause, self._last_plan, self._live.values(), self._scheduler)
+        _log.critical("the engine failed: %s: %s", type(cause).__name__, cause, exc_info=cause)
+        error = BatonError(f"the worker failed ({type(cause).__name__}); retry elsewhere", kind=ErrorKind.INTERNAL)
+        with self._door:
+            self._closed = error
+        if self._in_flight is not None:  # nothing may write into the pool while the role gives its pages back
+            with contextlib.suppress(Exception):
+                self._in_flight.collect(STOP_TIMEOUT_S)
+        with contextlib.suppress(Empty):
+            while True:
+                event = self._inbox.get_nowait()
+                if isinstance(event, partial) and event.func == self._admit:
+                    request = event.args[0]
+                    self._live.setdefault(request.request_id, request)
+        for request in list(self._live.values()):
+            self._abandon(request, error)
+        self._on_crash(cause, dump)
+
+
+def _walk_out(request: Request, now_s: float) -> None:
+    """The phases of a request that the scheduler never saw."""
+    for phase in (Phase.ABORTING, Phase.FENCING, Phase.FREED):
+        request.advance(phase, now_s)
+
+
+def _log_preempted(outcome: records.Preempted) -> None:
+    request = outcome.request
+    _log.info(
+        "preempted", extra={
+            "request_id": request.request_id, "times": request.preemptions, "lost_tokens": outcome.lost_tokens,
+        },
+    )  # fmt: skip

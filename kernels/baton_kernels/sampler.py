@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CANDIDATES = 1024   # top-p is decided among so many best tokens; rows that need more are sorted whole
-_GOLDEN = -0x61C88647        # 0x9E3779B9 as int32
+CANDIDATES = 1024  # top-p is decided among so many best tokens; rows that need more are sorted whole
+_GOLDEN = -0x61C88647  # 0x9E3779B9 as int32
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 
@@ -81,8 +81,8 @@ def noise_bits(k0: Tensor, k1: Tensor, ids: Tensor) -> Tensor:
 def gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise from hash bits, float32, always finite.
 
-    u = (float(bits & 0x7fffffff) + 0.5) * 2**-31, at most 1 - 2**-24; noise = -log(-log1p(-u)). The winner of a draw has
-    a small u, and small floats are dense: that keeps ties rare in large vocabularies.
+    u = (float(bits & 0x7fffffff) + 0.5) * 2**-31, at most 1 - 2**-24; noise = -log(-log1p(-u)). The winner of a draw
+    has a small u, and small floats are dense: that keeps ties rare in large vocabularies.
     """
     u = (bits & 0x7FFFFFFF).to(torch.float32)
     u.add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)

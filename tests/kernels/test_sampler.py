@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from baton_kernels import sampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
@@ -15,6 +14,8 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from baton_kernels import sampler
 
 MASK = 0xFFFFFFFF
 
@@ -110,9 +111,7 @@ def test_presence_and_frequency_count_the_output_only():
     logits = torch.zeros((1, 4))
     counts = torch.tensor([[0, 1, 3, 0]], dtype=torch.int32)
     in_prompt = torch.tensor([[True, False, False, False]])
-    got = sampler.penalise_(
-        logits, counts, in_prompt, torch.ones(1), torch.tensor([0.5]), torch.tensor([0.25])
-    )
+    got = sampler.penalise_(logits, counts, in_prompt, torch.ones(1), torch.tensor([0.5]), torch.tensor([0.25]))
     assert got.tolist() == [[0.0, -0.75, -1.25, 0.0]]
 
 

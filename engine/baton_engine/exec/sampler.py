@@ -14,7 +14,6 @@ from enum import IntFlag
 
 import numpy as np
 import torch
-from baton_kernels import sampler as math
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,10 +21,11 @@ from baton_common.errors import InvalidRequest
 from baton_engine.request import SamplingParams
 from baton_engine.role import TokenLogprobs
 from baton_engine.step import RowAdmission, RowWork
+from baton_kernels import sampler as math
 
-GREEDY_BELOW = 1e-5         # temperatures that float32 cannot tell from greedy
-MAX_TOP_LOGPROBS = 20       # OpenAI's limit
-LOGPROB_FLOOR = -9999.0     # a masked token's -inf would not survive JSON; OpenAI uses the same number
+GREEDY_BELOW = 1e-5  # temperatures that float32 cannot tell from greedy
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+LOGPROB_FLOOR = -9999.0  # a masked token's -inf would not survive JSON; OpenAI uses the same number
 Ids = NDArray[np.int64]
 
 
@@ -44,13 +44,13 @@ class Need(IntFlag):
 class _Reset:
     """New contents of rows; pairs (slot, token) fill the histories of rows with penalties."""
 
-    rows: Tensor        # int64[A]
-    reals: Tensor       # float32[A, 6]
-    integers: Tensor    # int64[A, 2]
-    slots: Tensor       # int64[A']
-    prompt: Tensor      # int64[2, N]
-    output: Tensor      # int64[2, M]
-    capacity: int       # slots that must exist
+    rows: Tensor  # int64[A]
+    reals: Tensor  # float32[A, 6]
+    integers: Tensor  # int64[A, 2]
+    slots: Tensor  # int64[A']
+    prompt: Tensor  # int64[2, N]
+    output: Tensor  # int64[2, M]
+    capacity: int  # slots that must exist
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +68,22 @@ class SampleBatch:
 
     reset: _Reset | None = None
     penalised: _Group | None = None
-    bias: tuple[Tensor, Tensor] | None = None     # flat indices into [S, vocab], values
-    masked: Tensor | None = None                  # flat indices
+    bias: tuple[Tensor, Tensor] | None = None  # flat indices into [S, vocab], values
+    masked: Tensor | None = None  # flat indices
     plain: _Group | None = None
     truncated: _Group | None = None
     width: int = math.CANDIDATES
     logprobs_at: Tensor | None = None
     top: int = 0
-    tops: tuple[int, ...] | None = None           # per sampled position, -1 = no logprobs
+    tops: tuple[int, ...] | None = None  # per sampled position, -1 = no logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """On the device. Collected one step later."""
 
-    tokens: Tensor                                        # int64[S]
-    logprobs: tuple[Tensor, Tensor, Tensor] | None = None    # see kernels' log_probabilities
+    tokens: Tensor  # int64[S]
+    logprobs: tuple[Tensor, Tensor, Tensor] | None = None  # see kernels' log_probabilities
 
     def logprob_records(self, tops: Sequence[int] | None) -> list[TokenLogprobs | None]:
         """One entry per sampled position, or nothing when no row asked. Blocks until the device is done."""
@@ -259,15 +259,15 @@ class RowSampler:
         if batch.logprobs_at is None:
             return Sampled(tokens=tokens)
         wanted = logits[batch.logprobs_at]
-        return Sampled(
-            tokens=tokens, logprobs=math.log_probabilities(wanted, tokens[batch.logprobs_at], batch.top)
-        )
+        return Sampled(tokens=tokens, logprobs=math.log_probabilities(wanted, tokens[batch.logprobs_at], batch.top))
 
     def _choose(self, logits: Tensor, batch: SampleBatch) -> Tensor:
         plain, truncated = batch.plain, batch.truncated
         drawn = sum(len(group.at) for group in (plain, truncated) if group is not None)
-        tokens = math.argmax(logits) if drawn < len(logits) else torch.empty(
-            len(logits), dtype=torch.int64, device=self._device
+        tokens = (
+            math.argmax(logits)
+            if drawn < len(logits)
+            else torch.empty(len(logits), dtype=torch.int64, device=self._device)
         )
         if plain is not None:
             scaled, keys = self._scaled(logits, plain)
@@ -330,7 +330,7 @@ def _signed(seed: int) -> int:
 
 
 def validate(params: SamplingParams, vocab: int) -> None:
-    """Raise InvalidRequest, with `param`, for what no sampler can do. The edge checked already; a defect there ends here."""
+    """Raise InvalidRequest, with `param`, for what no sampler can do. The edge checked already; its defects end here."""
     ranges: tuple[tuple[str, float, float, float], ...] = (
         ("temperature", params.temperature, 0.0, 100.0),
         ("top_k", params.top_k, 0, 2**31 - 1),
