@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI surface of the router."""

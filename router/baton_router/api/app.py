@@ -1,0 +1,149 @@
+"""The FastAPI application: routes, keys, error objects for everything the framework itself refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from baton_common.errors import BatonError, ErrorKind, InvalidRequest
+from baton_router.api.answer import Answer
+from baton_router.api.errors import Unauthorized, error_response
+from baton_router.call import Call
+from baton_router.responses import Writer
+from baton_router.schema import ChatRequest, CompletionRequest, describe
+from baton_router.service import ModelNotFound, Router, model_card
+
+log = logging.getLogger("baton.router.api")
+
+MAX_BODY_BYTES = 32 << 20
+STALE_LOOP_S = 2.0
+
+
+def create_app(router: Router) -> FastAPI:
+    """The HTTP surface of one router. The caller starts and stops the router."""
+    app = FastAPI(title="Baton", docs_url=None, redoc_url=None)
+    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(Exception, _defect)
+    _generation_routes(app, router)
+    _model_routes(app, router)
+    _operation_routes(app, router)
+    return app
+
+
+def _generation_routes(app: FastAPI, router: Router) -> None:
+    async def answer(request: Request, endpoint: str, accept: Callable[[bytes, str], Awaitable[Call]]) -> Response:
+        arrival_s = asyncio.get_running_loop().time()
+
+        def counted(status: int) -> None:
+            router.metrics.requests.labels(endpoint, str(status)).inc()
+
+        try:
+            _check_key(router, request)
+            call = await accept(await _body(request), request.headers.get("traceparent", ""))
+        except BatonError as error:
+            response = error_response(error)
+        except Exception:
+            log.exception("%s failed", endpoint)
+            response = error_response(BatonError("internal error of the router; its log has the details"))
+        else:
+            return Answer(call, Writer(call, router.vocabulary), router.metrics, arrival_s, counted)
+        counted(response.status_code)
+        return response
+
+    @app.post("/v1/chat/completions", openapi_extra=dict(describe(ChatRequest)))
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, "chat", router.chat)
+
+    @app.post("/v1/completions", openapi_extra=dict(describe(CompletionRequest)))
+    async def completions(request: Request) -> Response:
+        return await answer(request, "completions", router.completion)
+
+
+def _model_routes(app: FastAPI, router: Router) -> None:
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        try:
+            _check_key(router, request)
+        except BatonError as error:
+            return error_response(error)
+        return _json({"object": "list", "data": [model_card(router)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        try:
+            _check_key(router, request)
+            if name != router.model:
+                raise ModelNotFound(f"the model {name!r} does not exist; this is {router.model!r}", param="model")
+        except BatonError as error:
+            return error_response(error)
+        return _json(model_card(router))
+
+
+def _operation_routes(app: FastAPI, router: Router) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """This handler runs on the loop that streams: an answer in time is the proof that it advances."""
+        loop = asyncio.get_running_loop()
+        asked_s = loop.time()
+        await asyncio.sleep(0)
+        lag_s = loop.time() - asked_s
+        healthy = lag_s < STALE_LOOP_S
+        return _json({"status": "ok" if healthy else "slow", "loop_lag_ms": round(lag_s * 1000, 3)}, healthy)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        state = router.fleet.readiness()
+        reasons = ["the router is shutting down", *state.reasons] if router.stopping else list(state.reasons)
+        is_ready = state.ready and not router.stopping
+        report = {"ready": is_ready, "model": router.model, "reasons": reasons, "workers": router.fleet.report()}
+        return _json(report, is_ready)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(router.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _body(request: Request) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise InvalidRequest(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _check_key(router: Router, request: Request) -> None:
+    keys = router.config.api_keys
+    if not keys:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    known = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(known):
+        raise Unauthorized("wrong or missing API key; send it as `Authorization: Bearer KEY`")
+
+
+def _json(content: object, ok: bool = True) -> Response:
+    return Response(orjson.dumps(content), 200 if ok else 503, media_type="application/json")
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    """404 of unknown paths, 405 of wrong methods."""
+    assert isinstance(error, HTTPException)
+    shown = BatonError(f"{error.detail}: {request.method} {request.url.path}", kind=ErrorKind.INVALID)
+    response = error_response(shown)
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return error_response(BatonError("internal error of the router; its log has the details"))

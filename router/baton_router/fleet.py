@@ -1,0 +1,203 @@
+"""All workers together: who is up, which pair suits a prompt, whether the endpoint is ready and, if not, why.
+
+Owner of the links' tasks. Requests that found no worker register for the next change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from baton_common.clock import Clock
+from baton_proto import worker_pb2 as wire
+from baton_proto.common_pb2 import Compat
+from baton_router.links import Link, LinkState
+from baton_router.policy import Need, Refusal, WorkerRole, WorkerView, choose
+from baton_router.tokens import Prompt
+
+_ROLES = {
+    wire.ROLE_PREFILL: WorkerRole.PREFILL,
+    wire.ROLE_DECODE: WorkerRole.DECODE,
+    wire.ROLE_COLOCATED: WorkerRole.COLOCATED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Links of a chosen pair, with the prompt tokens each would have to compute."""
+
+    decode: Link
+    decode_key: str
+    decode_tokens: int
+    prefill: Link | None
+    prefill_key: str
+    prefill_tokens: int
+    role: WorkerRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """Answer of /ready."""
+
+    ready: bool
+    reasons: tuple[str, ...]
+
+
+class Fleet:
+    """The links, and what follows from them."""
+
+    def __init__(self, addresses: Sequence[str], clock: Clock) -> None:
+        router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self.links = [Link(address, router_id, clock, self._changed) for address in addresses]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._waiters: set[Callable[[], None]] = set()
+        self._turn = 0
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(link.run(), name=f"link {link.address}") for link in self.links]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    # ---- choice
+
+    def choose(self, prompt: Prompt, tokens: int, need_local_below: int, failed: set[str], busy: set[str]
+               ) -> Assignment | Refusal:  # fmt: skip
+        """Pair for a prompt of `tokens` positions (outputs already made included). Advances the round-robin turn."""
+        up = {link.key: link for link in self.links if link.up}
+        views = {key: _view(link, prompt) for key, link in up.items()}
+        need = Need(tokens=tokens, local_below_tokens=need_local_below, failed=frozenset(failed), busy=frozenset(busy))
+        found = choose(views.values(), need, self._turn)
+        if isinstance(found, Refusal):
+            return found
+        self._turn += 1
+        decode = views[found.decode]
+        prefill = views[found.prefill] if found.prefill is not None else None
+        return Assignment(
+            decode=up[found.decode],
+            decode_key=found.decode,
+            decode_tokens=max(tokens - decode.matched_pages * decode.page_tokens, 1),
+            prefill=up[found.prefill] if found.prefill is not None else None,
+            prefill_key=found.prefill or "",
+            prefill_tokens=max(tokens - prefill.matched_pages * prefill.page_tokens, 1) if prefill else 0,
+            role=decode.role,
+        )
+
+    def on_next_change(self, wake: Callable[[], None]) -> None:
+        """Call `wake` once when a worker came, went, or changed its mind about draining."""
+        self._waiters.add(wake)
+
+    def forget(self, wake: Callable[[], None]) -> None:
+        self._waiters.discard(wake)
+
+    def _changed(self) -> None:
+        waiters, self._waiters = self._waiters, set()
+        for wake in waiters:
+            wake()
+
+    # ---- what clients and operators ask
+
+    def context_tokens(self, default: int) -> int:
+        """Shortest context any connected worker announced."""
+        known = [link.hello.context_tokens for link in self.links if link.hello and link.hello.context_tokens]
+        return min(known, default=default)
+
+    def hash_roots(self) -> set[tuple[bytes, int]]:
+        """(root, page size) of the connected workers, to hash prompts where they are tokenised."""
+        return {
+            (link.hello.hash_root, link.hello.compat.page_tokens)
+            for link in self.links
+            if link.hello and link.hello.hash_root and link.hello.compat.page_tokens
+        }
+
+    def readiness(self) -> Readiness:
+        """Ready = colocated, or a decode and a prefill worker that agree on every field of Compat."""
+        open_links = [link for link in self.links if link.up and not link.load.draining]
+        by_role: dict[WorkerRole, list[Link]] = {role: [] for role in WorkerRole}
+        for link in open_links:
+            assert link.hello is not None
+            by_role[_ROLES[link.hello.role]].append(link)
+        decodes, prefills = by_role[WorkerRole.DECODE], by_role[WorkerRole.PREFILL]
+        paired = any(decode.compat == prefill.compat for decode in decodes for prefill in prefills)
+        if paired or by_role[WorkerRole.COLOCATED]:
+            return Readiness(ready=True, reasons=())
+        reasons = [f"worker {link.address}: {_state(link)}" for link in self.links if link not in open_links]
+        if not self.links:
+            reasons.append("no worker is configured; set --workers")
+        if not decodes:
+            reasons.append("no decode worker is up")
+        if not prefills:
+            reasons.append("no prefill worker is up")
+        for decode in decodes:
+            reasons += [difference(prefill, decode) for prefill in prefills]
+        return Readiness(ready=False, reasons=tuple(reasons))
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row per worker, for /ready and `baton status`."""
+        return [
+            {
+                "address": link.address,
+                "worker_id": link.hello.worker_id if link.hello else None,
+                "role": _ROLES[link.hello.role].value if link.hello else None,
+                "state": _state(link),
+                "requests": link.open_legs,
+                "running": link.load.running,
+                "queued_tokens": link.load.queued_tokens,
+                "free_pages": link.load.free_pages,
+                "total_pages": link.load.total_pages,
+                "known_pages": len(link.pages),
+                "step_ms": round(link.load.step_ms, 3),
+            }
+            for link in self.links
+        ]
+
+
+def difference(prefill: Link, decode: Link) -> str:
+    """First field of Compat on which two workers differ, with both values."""
+    assert prefill.hello is not None
+    assert decode.hello is not None
+    ours, theirs = prefill.hello.compat, decode.hello.compat
+    for field in Compat.DESCRIPTOR.fields:
+        left, right = getattr(ours, field.name), getattr(theirs, field.name)
+        if left != right:
+            return (
+                f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id} do not fit: "
+                f"{field.name} differs: {left!r} and {right!r}"
+            )
+    return f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id} do not fit"
+
+
+def _state(link: Link) -> str:
+    if link.state is LinkState.UP:
+        return "draining" if link.load.draining else "up"
+    return f"{link.state.value}: {link.reason}" if link.reason else link.state.value
+
+
+def _view(link: Link, prompt: Prompt) -> WorkerView:
+    hello, load = link.hello, link.load
+    assert hello is not None
+    page_tokens = hello.compat.page_tokens or 64
+    matched = link.pages.matched_pages(prompt.hashes(hello.hash_root, page_tokens)) if hello.hash_root else 0
+    return WorkerView(
+        key=link.key,
+        role=_ROLES[hello.role],
+        compat=link.compat,
+        page_tokens=page_tokens,
+        matched_pages=matched,
+        queued_tokens=max(load.queued_tokens, link.queued_tokens),
+        # the last report may be older than a burst of our own
+        running=max(load.running + load.reserved, link.open_legs),
+        free_pages=load.free_pages,
+        total_pages=load.total_pages,
+        step_ms=load.step_ms,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        draining=load.draining,
+    )

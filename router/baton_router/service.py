@@ -1,0 +1,229 @@
+"""The router as one object: requests in (validated bytes), calls out. Knows no HTTP; `api` does.
+
+Owner of the fleet, the tokeniser threads and the admission count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from baton_common.clock import Clock, SystemClock
+from baton_common.errors import InvalidRequest, Overloaded
+from baton_proto import worker_pb2 as wire
+from baton_router.call import Call, CallInfo
+from baton_router.checkpoint import Checkpoint
+from baton_router.config import RouterConfig
+from baton_router.detokenise import Vocabulary
+from baton_router.fleet import Fleet
+from baton_router.flight import Order
+from baton_router.metrics import RouterMetrics
+from baton_router.output import ChoiceOutput
+from baton_router.sampling import ModelLimits, chat_sampling, completion_sampling, for_choice
+from baton_router.schema import ChatRequest, CompletionRequest, Generation, parse_chat, parse_completion
+from baton_router.tokens import Prompt, PromptMaker
+
+
+class ModelNotFound(InvalidRequest):
+    """The client asked for a model this endpoint does not serve."""
+
+
+class Router:
+    """Everything between HTTP and the workers. Use on one event loop: `start`, calls, `stop`."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        checkpoint: Checkpoint,
+        *,
+        clock: Clock | None = None,
+        seed: Callable[[], int] = partial(secrets.randbits, 64),
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.model = config.served_name or checkpoint.name
+        self.created_s = int(time.time())
+        self.metrics = RouterMetrics()
+        self.fleet = Fleet(config.workers, clock or SystemClock())
+        self.vocabulary = Vocabulary(checkpoint.tokenizer)
+        self.stopping = False
+        self._prompts = PromptMaker(checkpoint)
+        self._seed = seed
+        self._inflight: set[Call] = set()
+        self.metrics.watch_workers(self._worker_rows)
+
+    def start(self) -> None:
+        self.fleet.start()
+
+    async def stop(self) -> None:
+        """Abandons what is still in flight; the HTTP server has waited before."""
+        self.stopping = True
+        for call in list(self._inflight):
+            call.close()
+        await asyncio.sleep(0)
+        await self.fleet.stop()
+        self._prompts.close()
+
+    # ---- requests
+
+    async def chat(self, body: bytes, traceparent: str = "") -> Call:
+        """Raises BatonError; otherwise a call that is ready to start."""
+        arrival_s = asyncio.get_running_loop().time()
+        request = parse_chat(body)
+        self._admit(request)
+        prompt = await self._prompts.in_thread(partial(self._chat_prompt, request))
+        sampling = chat_sampling(request, prompt_tokens=len(prompt.ids), limits=self._limits(), seed=self._seed())
+        return self._call(request, [prompt], [sampling], arrival_s, traceparent)
+
+    async def completion(self, body: bytes, traceparent: str = "") -> Call:
+        """Raises BatonError; otherwise a call that is ready to start."""
+        arrival_s = asyncio.get_running_loop().time()
+        request = parse_completion(body)
+        self._admit(request)
+        prompts = await self._prompts.in_thread(partial(self._completion_prompts, request))
+        limits, seed = self._limits(), self._seed()
+        samplings = [
+            completion_sampling(request, prompt_tokens=len(prompt.ids), limits=limits, seed=seed) for prompt in prompts
+        ]
+        return self._call(request, prompts, samplings, arrival_s, traceparent)
+
+    def _admit(self, request: Generation) -> None:
+        if request.model != self.model:
+            raise ModelNotFound(f"the model {request.model!r} does not exist; this is {self.model!r}", param="model")
+        if len(self._inflight) >= self.config.max_inflight:
+            raise Overloaded(
+                f"{self.config.max_inflight} requests are in flight already; try again later", retry_after_ms=1000
+            )
+
+    def _limits(self) -> ModelLimits:
+        return ModelLimits(
+            context_tokens=self.fleet.context_tokens(self.checkpoint.context_tokens),
+            vocab_size=self.checkpoint.vocab_size,
+        )
+
+    # ---- on tokeniser threads
+
+    def _chat_prompt(self, request: ChatRequest) -> Prompt:
+        tools = request.tools if request.tool_choice != "none" else None
+        template = self.checkpoint.tool_template if tools else self.checkpoint.template
+        if template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        text = template.render(
+            request.template_messages(),
+            tools=tools,
+            add_generation_prompt=request.add_generation_prompt,
+            extra=request.chat_template_kwargs,
+        )
+        return self._hashed(self._prompts.from_template(text, request.cache_salt or ""), "messages")
+
+    def _completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+        salt = request.cache_salt or ""
+        made = [
+            self._prompts.from_text(prompt, salt) if isinstance(prompt, str) else self._prompts.from_ids(prompt, salt)
+            for prompt in request.prompts()
+        ]
+        return [self._hashed(prompt, "prompt") for prompt in made]
+
+    def _hashed(self, prompt: Prompt, param: str) -> Prompt:
+        if not prompt.ids:
+            raise InvalidRequest(f"{param}: nothing is left of it after tokenising", param=param)
+        for root, page_tokens in self.fleet.hash_roots():
+            prompt.hashes(root, page_tokens)
+        return prompt
+
+    # ---- assembling
+
+    def _call(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        samplings: list[wire.Sampling],
+        arrival_s: float,
+        traceparent: str,
+    ) -> Call:
+        info = self._info(request, prompts, samplings[0])
+        deadline_s = arrival_s + self.config.request_timeout_s
+        call = Call(info, self.fleet, self.metrics, deadline_s, self._closed)
+        for group, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            orders, outputs = [], []
+            for choice in range(request.choices):
+                index = group * request.choices + choice
+                orders.append(
+                    Order(
+                        request_id=f"{info.call_id}-{index}" if index else info.call_id,
+                        prompt=prompt,
+                        sampling=for_choice(sampling, choice),
+                        deadline_s=deadline_s,
+                        worker_wait_s=self.config.worker_wait_s,
+                        resume_wait_s=self.config.resume_wait_s,
+                        local_below_tokens=self.config.local_below_tokens,
+                        priority=request.priority or 0,
+                        traceparent=traceparent,
+                    )
+                )
+                outputs.append(self._output(request, index, prompt, call, arrival_s))
+            call.add_prompt(orders, outputs)
+        self._inflight.add(call)
+        self.metrics.inflight.set(len(self._inflight))
+        self.metrics.prompt_tokens.inc(info.prompt_tokens)
+        return call
+
+    def _info(
+        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], sampling: wire.Sampling
+    ) -> CallInfo:
+        chat = isinstance(request, ChatRequest)
+        return CallInfo(
+            call_id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            chat=chat,
+            model=self.model,
+            created_s=int(time.time()),
+            prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+            stream=bool(request.stream),
+            include_usage=request.include_usage,
+            logprobs=sampling.logprobs,
+            top_logprobs=sampling.top_logprobs,
+        )
+
+    def _output(
+        self, request: ChatRequest | CompletionRequest, index: int, prompt: Prompt, call: Call, arrival_s: float
+    ) -> ChoiceOutput:
+        plain = isinstance(request, CompletionRequest)
+        return ChoiceOutput(
+            index,
+            vocabulary=self.vocabulary,
+            stops=request.stops(),
+            skip_special=request.skip_special_tokens is not False,
+            continues=plain,  # a completion goes on where its prompt ended: a leading space stays
+            lead=prompt.text if isinstance(request, CompletionRequest) and request.echo else "",
+            started_s=arrival_s,
+            now=asyncio.get_running_loop().time,
+            metrics=self.metrics,
+            wake=call.wake,
+        )
+
+    def _closed(self, call: Call) -> None:
+        if call not in self._inflight:
+            return
+        self._inflight.discard(call)
+        self.metrics.inflight.set(len(self._inflight))
+        self.metrics.output_tokens.inc(call.output_tokens)
+        self.metrics.cached_tokens.inc(call.cached_tokens)
+
+    def _worker_rows(self) -> Iterable[tuple[str, str, bool]]:
+        for row in self.fleet.report():
+            yield row["address"], row["role"] or "unknown", row["state"] == "up"
+
+
+def model_card(router: Router) -> dict[str, object]:
+    """Entry of /v1/models."""
+    return {
+        "id": router.model,
+        "object": "model",
+        "created": router.created_s,
+        "owned_by": "baton",
+        "max_model_len": router.fleet.context_tokens(router.checkpoint.context_tokens),
+    }
