@@ -1,7 +1,8 @@
 """Rotary position embedding: frequencies of every scaling rule, the tables of one step, and the rotation.
 
 Halves are rotated against each other (the layout of Hugging Face checkpoints). Angles are float32, the tables are
-rounded to the dtype of the model. RoPE: arXiv 2104.09864; YaRN: arXiv 2309.00071; `llama3`: the rule published with Llama 3.1.
+rounded to the dtype of the model.
+RoPE: arXiv 2104.09864; YaRN: arXiv 2309.00071; `llama3`: the rule published with Llama 3.1.
 """
 
 from __future__ import annotations
