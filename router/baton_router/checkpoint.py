@@ -58,7 +58,7 @@ def load_checkpoint(model: str) -> Checkpoint:
         template=default,
         tool_template=compiled.get("tool_use", default),
         bos_token=special.get("bos_token", ""),
-        vocab_size=max(int(text_config.get("vocab_size", 0)), tokenizer.get_vocab_size()),
+        vocab_size=int(text_config.get("vocab_size", 0)) or tokenizer.get_vocab_size(),
         context_tokens=int(text_config.get("max_position_embeddings", 0)) or 2048,
     )
 

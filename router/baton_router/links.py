@@ -2,7 +2,7 @@
 
 Reconnects with back-off from 0.1 to 1 s. Incoming messages are dispatched by handle, synchronously, on the event loop:
 one message per step, no task switch per token. When the stream breaks, every request on it hears `on_failed`; when no
-Load came for SUSPECT_S, or the step counter stands still for STALLED_S while there is work, each hears `on_silent`.
+message came for SUSPECT_S, or the step counter stands still for STALLED_S while there is work, each hears `on_silent`.
 It does not know prompts, text or HTTP. Owner of its tasks: `run`.
 """
 
@@ -30,6 +30,7 @@ from baton_router.index import PageIndex
 log = logging.getLogger("baton.router.links")
 
 SUSPECT_S = 3.0
+LOST_S = 15.0
 STALLED_S = 30.0
 HELLO_S = 10.0
 TICK_S = 0.5
@@ -43,9 +44,6 @@ _ROLES = frozenset({wire.ROLE_PREFILL, wire.ROLE_DECODE, wire.ROLE_COLOCATED})
 _CHANNEL = [
     ("grpc.max_receive_message_length", 256 << 20),
     ("grpc.max_send_message_length", 256 << 20),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
@@ -116,8 +114,8 @@ class Link:
         self._queued_tokens = 0
         self._outbound: deque[wire.RouterMessage] = deque()
         self._outbound_ready = asyncio.Event()
-        self._loaded_at = 0.0
-        self._stepped_at = 0.0
+        self._heard_at_s = 0.0
+        self._stepped_at_s = 0.0
         self._snapshot_wanted = False
 
     @property
@@ -195,23 +193,29 @@ class Link:
                 if first is grpc.aio.EOF:
                     await self._raise_status(call)
                 self._greeted(first)
-                tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._watch())]
-                while True:
-                    message = await call.read()
-                    if message is grpc.aio.EOF:
-                        await self._raise_status(call)
-                    self._dispatch(message)
+                tasks = [asyncio.create_task(part) for part in (self._read(call), self._write(call), self._watch())]
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
             finally:
                 for task in tasks:
                     task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 call.cancel()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[wire.RouterMessage, wire.WorkerMessage]) -> None:
+        while True:
+            message = await call.read()
+            if message is grpc.aio.EOF:
+                await self._raise_status(call)
+            self._dispatch(message)
 
     async def _raise_status(self, call: grpc.aio.StreamStreamCall[wire.RouterMessage, wire.WorkerMessage]) -> None:
         code, details = await call.code(), await call.details()
         raise EOFError(f"the worker closed the stream ({code.name.lower()}{': ' + details if details else ''})")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[wire.RouterMessage, wire.WorkerMessage]) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader sees and reports it
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader hears why
             while True:
                 await self._outbound_ready.wait()
                 self._outbound_ready.clear()
@@ -231,10 +235,9 @@ class Link:
         self.load = wire.Load()
         self.pages = PageIndex()
         self._outbound.clear()
-        self._loaded_at = self._stepped_at = self._clock.now()
+        self._heard_at_s = self._stepped_at_s = self._clock.now()
         self._set_state(LinkState.UP, "")
         log.info("worker %s is up", self.key, extra={"address": self.address, "role": wire.Role.Name(hello.role)})
-        self._want_snapshot()
 
     def _lost(self, reason: str, *, refused: bool) -> None:
         if self.hello is not None or self.reason != reason:
@@ -249,12 +252,14 @@ class Link:
             self._tell(leg, leg.events.on_failed, BatonError(f"worker {worker} was lost: {reason}"))
 
     async def _watch(self) -> None:
-        """Liveness. Repeats `on_silent` while it lasts, because a way out may appear later."""
+        """Liveness. Repeats `on_silent` while it lasts, because a way out may appear later; in the end it hangs up."""
         while True:
             await asyncio.sleep(TICK_S)
             now_s = self._clock.now()
-            silent_s, still_s = now_s - self._loaded_at, now_s - self._stepped_at
+            silent_s, still_s = now_s - self._heard_at_s, now_s - self._stepped_at_s
             working = self.load.running + self.load.queued_requests > 0
+            if silent_s > LOST_S:
+                raise EOFError(f"silent for {silent_s:.1f} s")
             if silent_s > SUSPECT_S:
                 self._suspect(f"silent for {silent_s:.1f} s")
             elif working and still_s > STALLED_S:
@@ -277,6 +282,7 @@ class Link:
     # ---- messages
 
     def _dispatch(self, message: wire.WorkerMessage) -> None:
+        self._heard_at_s = self._clock.now()
         kind = message.WhichOneof("kind")
         if kind == "tokens":
             self._on_tokens(message.tokens)
@@ -321,10 +327,8 @@ class Link:
             self._tell(leg, leg.events.on_token, token)
 
     def _on_load(self, load: wire.Load) -> None:
-        now_s = self._clock.now()
-        self._loaded_at = now_s
         if load.steps != self.load.steps or not (load.running or load.queued_requests):
-            self._stepped_at = now_s
+            self._stepped_at_s = self._heard_at_s
         drained = load.draining != self.load.draining
         self.load = load
         if drained:

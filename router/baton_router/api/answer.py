@@ -1,6 +1,6 @@
 """One call as an ASGI response: waits for news, writes once per step, notices the client leaving.
 
-The status line waits for the first news, so that everything before the first byte can still become a proper status code.
+The status line waits for the first news, so that a failure before the first byte still gets a proper status code.
 A second task only listens for the disconnect; it ends with the answer.
 """
 
