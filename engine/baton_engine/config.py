@@ -15,7 +15,10 @@ from pydantic import Field
 class EngineConfig:
     """How one engine computes, and how much it takes on."""
 
-    dtype: Annotated[Literal["bfloat16", "float32"], Field(description="dtype of weights and activations")] = "bfloat16"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Field(description="dtype of weights and activations, auto = that of the checkpoint"),
+    ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Field(description="dtype of the KV cache, auto = that of the weights")
     ] = "auto"

@@ -77,7 +77,7 @@ class Engine:
         self._on_crash = on_crash
         self._vocab = model.spec.vocab_size
         context_tokens = min(config.context_tokens or model.spec.context_tokens, model.spec.context_tokens)
-        layout = model.spec.layout(config.page_tokens, config.dtype if config.kv_dtype == "auto" else config.kv_dtype)
+        layout = model.spec.layout(config.page_tokens, model.dtype if config.kv_dtype == "auto" else config.kv_dtype)
         self.pool = KvPool(layout, kv_pages(config, layout, context_tokens, available_bytes()), device)
         self.hash_root = chain_root(model.digest)
         self._scheduler = Scheduler(

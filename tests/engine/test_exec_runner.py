@@ -1,4 +1,4 @@
-"""Runner: the inputs of each form, the device-resident table and last tokens, results one step late, errors as typed."""
+"""Runner: inputs of each form, the device-resident table and last tokens, results one step late, typed errors."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Sizing: explicit numbers are taken, chosen ones fit the machine, and too little is refused with a number that works."""
+"""Sizing: explicit numbers are taken, chosen ones fit the machine, too little is refused with a number that works."""
 
 import pytest
 

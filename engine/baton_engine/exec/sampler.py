@@ -330,7 +330,7 @@ def _signed(seed: int) -> int:
 
 
 def validate(params: SamplingParams, vocab: int) -> None:
-    """Raise InvalidRequest, with `param`, for what no sampler can do. The edge checked already; its defects end here."""
+    """Raise InvalidRequest, with `param`, for what no sampler can do; the edge has checked, its defects end here."""
     ranges: tuple[tuple[str, float, float, float], ...] = (
         ("temperature", params.temperature, 0.0, 100.0),
         ("top_k", params.top_k, 0, 2**31 - 1),
