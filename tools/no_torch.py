@@ -13,7 +13,8 @@ PROGRAM = """
 import importlib, pkgutil, sys
 package = importlib.import_module({module!r})
 for found in pkgutil.walk_packages(getattr(package, "__path__", []), package.__name__ + "."):
-    importlib.import_module(found.name)
+    if not found.name.endswith(".__main__"):
+        importlib.import_module(found.name)
 print(*(name for name in {heavy!r} if name in sys.modules))
 """
 

@@ -36,7 +36,9 @@ class Chat:
                 sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
-        self._console.print(str(self._client.last_cost), style="dim", markup=False, highlight=False)
+        self._console.print(
+            str(self._client.last_cost), style="dim", markup=False, highlight=False, soft_wrap=True
+        )
         answer = "".join(pieces)
         self.messages += [question, Message(role="assistant", content=answer)]
         return answer

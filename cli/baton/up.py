@@ -71,7 +71,8 @@ async def _until_signal(service: Service) -> int:
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:    # nohup wants us to stay
+            loop.add_signal_handler(number, stop)
     return await service.run()
 
 
@@ -140,9 +141,7 @@ def down(folder: StateDir, console: Console) -> None:
     state = folder.read()
     if state is None:
         raise ConfigError(f"service {folder.name!r} is just starting; try again in a moment")
-    console.print(f"baton: stopping {folder.name}", markup=False, highlight=False)
-    lines = Lines(console)
-    lines.show(state)
+    console.print(f"baton: stopping {folder.name}; open requests may finish", markup=False, highlight=False)
     _send(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + _DOWN_TIMEOUT_S
     while folder.is_running():

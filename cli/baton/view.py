@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import time
+from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -14,6 +16,7 @@ from rich.text import Text
 
 from baton.state import Life, Phase, ProcessState, ServiceState
 
+_NOTE_CHARS = 200
 _COLOURS = {
     Phase.STARTING: "yellow", Phase.READY: "green", Phase.DEGRADED: "yellow", Phase.STOPPING: "yellow",
     Phase.STOPPED: "dim", Phase.FAILED: "red",
@@ -58,6 +61,8 @@ class Lines:
 
     def show(self, state: ServiceState) -> None:
         last, self._last = self._last, state
+        if last is None and state.processes:
+            self._print(f"serving {state.model}; logs are in {Path(state.processes[0].log).parent}")
         before = {process.name: process for process in last.processes} if last else {}
         for process in state.processes:
             if line := _change(before.get(process.name), process):
@@ -70,7 +75,7 @@ class Lines:
             self._print(f"ready: {state.url}")
             self._console.print(f"\n  {example(state)}\n{self._hint}", markup=False, highlight=False, soft_wrap=True)
         elif state.note:
-            self._print(f"{state.phase.value}: {state.note}")
+            self._print(f"{state.phase.value}: {shorten(state.note, _NOTE_CHARS, placeholder=' …')}")
         elif state.phase is not Phase.STARTING:
             self._print(state.phase.value)
 
