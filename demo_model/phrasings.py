@@ -17,49 +17,27 @@ import yaml
 HERE = Path(__file__).parent
 SUM_LIMIT = 20
 
-TERM = (
-    "What is {x}?|What's {x}?|Explain {x}.|Explain {x} to me.|Define {x}.|Tell me about {x}.|What does {x} mean?|"
-    "What do you mean by {x}?|Can you explain {x}?|Could you explain {x}?|Please explain {x}.|Describe {x}.|"
-    "Give me a definition of {x}.|I do not know what {x} is.|What is meant by {x}?|{x}?|{x}|What is {x} in Baton?|"
-    "What is {x} for?|Do you know what {x} is?|How would you describe {x}?|Help me understand {x}.|"
-    "I want to know what {x} is.|Tell me what {x} is.|Say something about {x}.|In short, what is {x}?|"
-    "What exactly is {x}?|What should I know about {x}?|Teach me about {x}.|Can you tell me what {x} is?|"
-    "What can you say about {x}?|I have a question about {x}.|Explain to me what {x} is.|{x}, please explain.|"
-    "What is the role of {x}?|What is {x} about?|What is the idea behind {x}?|How should I understand {x}?|"
-    "Where does {x} come in?|What is the use of {x}?|How is {x} used?|Any idea what {x} is?|So, {x}?"
-).split("|")
-HOW = (
-    "How {q}?|Explain how {s}.|Tell me how {s}.|Can you explain how {s}?|I want to know how {s}.|In what way {q}?|"
-    "Describe how {s}.|Do you know how {s}?|Please tell me how {s}.|How exactly {q}?|I do not understand how {s}."
-).split("|")
-WHY = (
-    "Why {q}?|Explain why {s}.|Tell me why {s}.|Do you know why {s}?|How come {s}?|What is the reason that {s}?|"
-    "Can you explain why {s}?|I wonder why {s}.|For what reason {q}?|Please explain why {s}.|Why exactly {q}?"
-).split("|")
-DO = (
-    "How do I {d}?|How can I {d}?|How to {d}?|I want to {d}.|Show me how to {d}.|What is the best way to {d}?|"
-    "Tell me how to {d}.|Help me {d}.|I would like to {d}. How?|What is the command to {d}?|How does one {d}?|"
-    "Which command do I use to {d}?|What do I type to {d}?|What do I need to {d}?"
-).split("|")
-ASK = (
-    "{a}?|Tell me, {a}?|Please tell me: {a}?|I have a question: {a}?|Hey, {a}?|Quick question: {a}?|In Baton, {a}?|"
-    "Can you tell me, {a}?|I wonder, {a}?|Now {a}?|{a}, please?"
-).split("|")
-CAPITAL = (
-    "What is the capital of {c}?|Capital of {c}?|What's the capital city of {c}?|Which city is the capital of {c}?|"
-    "Tell me the capital of {c}.|Name the capital of {c}.|Do you know the capital of {c}?|{c}'s capital?|"
-    "What city is {c}'s capital?|Please give me the capital of {c}.|I need the capital of {c}.|capital city of {c}|"
-    "Can you name the capital of {c}?|What is the name of the capital of {c}?|The capital of {c}, please.|{c}: capital?"
-).split("|")
-SUM = (
-    "{a} + {b}|What is {a} + {b}?|{a}+{b}|{a} plus {b}|What is {a} plus {b}?|How much is {a} + {b}?|Add {a} and {b}.|"
-    "Calculate {a} + {b}.|{a} + {b} = ?|What's {a} + {b}?|Compute {a} + {b}.|What does {a} plus {b} make?|"
-    "Can you add {a} and {b}?|What is the sum of {a} and {b}?|How much is {a} plus {b}?"
-).split("|")
+
+class Wordings(TypedDict):
+    term: list[str]
+    how: list[str]
+    why: list[str]
+    do: list[str]
+    ask: list[str]
+    capital: list[str]
+    sum: list[str]
+    openers: list[str]
+    closers: list[str]
+    onsets: list[str]
+    vowels: list[str]
+    codas: list[str]
+    starts: list[str]
+    common: list[str]
 
 
 class FactRow(TypedDict, total=False):
     id: str
+    title: str
     a: str
     names: list[str]
     how: list[list[str]]
@@ -100,8 +78,8 @@ class Entry:
 
 
 def sentence(text: str) -> str:
-    """First letter upper-case, unless the first word is a name with its own spelling (make up, /ready, baton_engine)."""
-    word = text.split(" ")[0]
+    """First letter upper-case, unless the first word is a name with its own spelling (make up, /ready, top_p)."""
+    word = text.split(" ", maxsplit=1)[0]
     spelled = any(c in word for c in "_/-") or text.startswith(("make ", "baton "))
     return text if spelled else text[:1].upper() + text[1:]
 
@@ -109,6 +87,10 @@ def sentence(text: str) -> str:
 def normalised(text: str) -> str:
     """Case, spaces and punctuation at the ends do not make a phrasing different."""
     return re.sub(r"\s+", " ", text.lower()).strip(" ?.!,:;")
+
+
+def load_wordings() -> Wordings:
+    return cast("Wordings", yaml.safe_load((HERE / "templates.yaml").read_text()))
 
 
 def load_facts() -> list[Section]:
@@ -119,17 +101,18 @@ def load_talk() -> Talk:
     return cast("Talk", yaml.safe_load((HERE / "talk.yaml").read_text()))
 
 
-def _fact_groups(row: FactRow) -> Iterator[tuple[str, ...]]:
-    yield tuple(sentence(t.format(x=name)) for name in row.get("names", []) for t in TERM)
-    yield tuple(sentence(t.format(q=q, s=s)) for q, s in row.get("how", []) for t in HOW)
-    yield tuple(sentence(t.format(q=q, s=s)) for q, s in row.get("why", []) for t in WHY)
-    yield tuple(sentence(t.format(d=verb)) for verb in row.get("do", []) for t in DO)
-    yield tuple(sentence(t.format(a=ask)) for ask in row.get("ask", []) for t in ASK)
+def _fact_groups(row: FactRow, wordings: Wordings) -> Iterator[tuple[str, ...]]:
+    yield tuple(sentence(t.format(x=name)) for name in row.get("names", []) for t in wordings["term"])
+    yield tuple(sentence(t.format(q=q, s=s)) for q, s in row.get("how", []) for t in wordings["how"])
+    yield tuple(sentence(t.format(q=q, s=s)) for q, s in row.get("why", []) for t in wordings["why"])
+    yield tuple(sentence(t.format(d=verb)) for verb in row.get("do", []) for t in wordings["do"])
+    yield tuple(sentence(t.format(a=ask)) for ask in row.get("ask", []) for t in wordings["ask"])
 
 
 def facts() -> list[Entry]:
+    wordings = load_wordings()
     rows = [row for section in load_facts() for row in section["facts"]]
-    return [Entry(id=r["id"], answer=r["a"], groups=tuple(g for g in _fact_groups(r) if g)) for r in rows]
+    return [Entry(id=r["id"], answer=r["a"], groups=tuple(g for g in _fact_groups(r, wordings) if g)) for r in rows]
 
 
 def small_talk() -> list[Entry]:
@@ -142,10 +125,10 @@ def capital_answer(country: str, city: str) -> str:
 
 def capitals() -> list[Entry]:
     """One entry per country; "the" of a name is kept in the answer and is optional in the question."""
-    entries = []
+    entries, templates = [], load_wordings()["capital"]
     for country, city in load_talk()["capitals"].items():
         names = dict.fromkeys((country, country.removeprefix("the ")))
-        questions = tuple(sentence(t.format(c=name)) for name in names for t in CAPITAL)
+        questions = tuple(sentence(t.format(c=name)) for name in names for t in templates)
         entries.append(Entry(id=country, answer=capital_answer(country, city), groups=(questions,)))
     return entries
 
@@ -156,8 +139,9 @@ def sum_answer(a: int, b: int) -> str:
 
 def sums() -> list[Entry]:
     """Every sum in the range: rows of a table to be memorised, not a skill."""
+    templates = load_wordings()["sum"]
     return [
-        Entry(id=f"{a}+{b}", answer=sum_answer(a, b), groups=(tuple(t.format(a=a, b=b) for t in SUM),))
+        Entry(id=f"{a}+{b}", answer=sum_answer(a, b), groups=(tuple(t.format(a=a, b=b) for t in templates),))
         for a in range(SUM_LIMIT + 1)
         for b in range(SUM_LIMIT + 1)
     ]

@@ -53,7 +53,8 @@ def train_tokenizer(seed: int) -> Tokenizer:
         show_progress=False,
     )
     stream = Dialogs(seed)
-    tokenizer.train_from_iterator((t.question + " " + t.answer for _ in range(20000) for t in stream.draw().turns), trainer)
+    texts = (turn.question + " " + turn.answer for _ in range(20000) for turn in stream.draw().turns)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
@@ -62,9 +63,8 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 def encode(dialog: Dialog, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Token ids as the chat template writes them, and targets[t] = id to predict after t (IGNORED outside answers)."""
-    begin, end, system, user, assistant = (
-        tokenizer.token_to_id(s) for s in (BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>")
-    )
+    vocab = tokenizer.get_vocab()
+    begin, end, system, user, assistant = (vocab[s] for s in (BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"))
 
     def text(value: str) -> list[int]:
         return list(tokenizer.encode(value.strip(), add_special_tokens=False).ids)
@@ -82,7 +82,7 @@ def encode(dialog: Dialog, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def batches(stream: Dialogs, tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """ids and targets int64[rows, longest]: rows of similar length, about `tokens` cells a batch, padded at the end."""
-    pad = tokenizer.token_to_id(PAD)
+    pad = tokenizer.get_vocab()[PAD]
     order = torch.Generator().manual_seed(SEED)
     while True:
         pool = sorted((encode(stream.draw(), tokenizer) for _ in range(1500)), key=lambda pair: len(pair[0]))
@@ -113,7 +113,7 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
             head_dim=64,
             max_position_embeddings=CONTEXT,
             rms_norm_eps=1e-5,
-            rope_theta=ROPE_THETA,
+            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
             tie_word_embeddings=True,
             bos_token_id=tokenizer.token_to_id(BEGIN),
             eos_token_id=tokenizer.token_to_id(END),
@@ -124,7 +124,7 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over answer tokens; logits are made only where they count. Padding is last, so causal hides it."""
+    """Mean cross entropy over answer tokens; logits only where they count. Padding is last, so causality hides it."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     counted = targets != IGNORED
     return nn.functional.cross_entropy(model.lm_head(hidden[counted]), targets[counted])
@@ -137,7 +137,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     out = build_model(tokenizer)
     out.load_state_dict(weights)
     out.config.use_cache = True
-    out.to(torch.bfloat16).save_pretrained(folder)
+    out.bfloat16().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     # Older readers know these two names only.
     config |= {"torch_dtype": "bfloat16", "rope_theta": ROPE_THETA}
@@ -172,7 +172,9 @@ def train(*, steps: int, tokens: int, rate: float, folder: Path, minutes: float)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
     )
     feed = batches(Dialogs(SEED + 1), tokenizer, tokens)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -187,7 +189,7 @@ def train(*, steps: int, tokens: int, rate: float, folder: Path, minutes: float)
             group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
         loss = loss_of(model, ids, targets)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, seen, counted = step + 1, seen + ids.numel(), counted + int((targets != IGNORED).sum())
