@@ -37,6 +37,8 @@ from baton_engine.sched.scheduler import Scheduler
 from baton_engine.stats import EngineStats, StatsKeeper
 from baton_engine.step import StepPlan
 
+__all__ = ["CrashHandler", "Engine", "EngineStats"]
+
 CrashHandler = Callable[[BaseException, Mapping[str, object]], None]
 """Called on the engine thread after it failed: the exception, and a JSON-able dump (last plan, phases, page ledger).
 Every request has had its on_ended by then, as far as that was possible."""

@@ -21,15 +21,15 @@ class EngineStats:
     queued_tokens: int  # prompt tokens of waiting and running requests that are not computed yet
     running: int  # requests that hold a row
     reserved: int  # requests that hold pages and wait for their KV, or for a row
-    sending: int  # requests whose KV is on its way to another worker
-    preemptions: int  # since start
-    free_pages: int  # free now, or cached and evictable
+    free_pages: int
     cached_pages: int  # in the prefix tree, held by nobody
     leased_pages: int  # held by requests
     in_flight_pages: int  # held by a fence alone
     total_pages: int
     step_ms: float  # moving average of the device time of a step
     prefill_tokens_per_s: float  # moving average over steps that are mostly prefill
+    sending: int = 0  # requests whose KV is on its way to another worker
+    preemptions: int = 0  # since start
 
 
 class StatsKeeper:
@@ -68,7 +68,7 @@ class StatsKeeper:
             reserved=load.reserved,
             sending=load.sending,
             preemptions=load.preemptions,
-            free_pages=load.free_pages,
+            free_pages=load.pages.free,
             cached_pages=load.pages.cached,
             leased_pages=load.pages.leased,
             in_flight_pages=load.pages.in_flight,

@@ -1,4 +1,4 @@
-"""Whole generations through the engine equal those of `transformers`, however the work is cut, shared or interrupted."""
+"""Whole generations through the engine equal those of `transformers`, however they are cut, shared or interrupted."""
 
 import numpy as np
 import pytest

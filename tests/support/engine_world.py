@@ -135,7 +135,7 @@ class World:
         assert stats.empty
         assert (stats.running, stats.reserved, stats.sending, stats.queued_requests) == (0, 0, 0, 0)
         assert (stats.leased_pages, stats.in_flight_pages) == (0, 0)
-        assert stats.free_pages == stats.total_pages
+        assert stats.free_pages + stats.cached_pages == stats.total_pages
         assert set(self.engine.cached_hashes()) == self.role.known
 
 

@@ -84,7 +84,7 @@ class _Prepared:
     """A step before the device: one packed upload, and where its parts are."""
 
     packed: Tensor  # int64[sum(sizes)]
-    sizes: tuple[int, ...]  # of the parts, in the order of `_unpack`
+    sizes: list[int]  # of the parts, in the order of `_unpack`
     form: Form
     width: int  # page-table columns that the step reads
     cu_q_host: tuple[int, ...]
@@ -159,7 +159,7 @@ class Runner:
         )  # fmt: skip
         return _Prepared(
             packed=torch.from_numpy(np.concatenate(parts)).to(self._device.torch_device),
-            sizes=tuple(map(len, parts)),
+            sizes=[len(part) for part in parts],
             form=plan.form,
             width=(int(kv_lens.max()) - 1) // self._page_tokens + 1,
             cu_q_host=tuple(cu_q.tolist()),
