@@ -134,10 +134,13 @@ def random_weights(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, 
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim", hidden // heads)
 
+    spread = config.get("initializer_range")
     gains = {"q_proj": 3.0, "o_proj": 3.0, "down_proj": 3.0}
+    loud = 3.0 if spread is None else 1.0
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
-        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain / columns**0.5)
+        scale = spread or gain / columns**0.5
+        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(scale)
 
     def norm(size: int, gain: float = 1.0) -> np.ndarray:
         return gain + 0.2 * random.standard_normal(size, dtype=np.float32) - (1.0 if gemma else 0.0)
@@ -158,16 +161,16 @@ def random_weights(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, 
         yield from linear(f"{at}.self_attn.v_proj", kv_heads * dim, hidden, bias=qkv_bias)
         yield from linear(f"{at}.self_attn.o_proj", hidden, heads * dim, bias=out_bias)
         if config["model_type"] in ("qwen3", "gemma3_text"):
-            yield f"{at}.self_attn.q_norm.weight", norm(dim, 3.0)
+            yield f"{at}.self_attn.q_norm.weight", norm(dim, loud)
             yield f"{at}.self_attn.k_norm.weight", norm(dim)
         yield from linear(f"{at}.mlp.gate_proj", inter, hidden, bias=mlp_bias)
         yield from linear(f"{at}.mlp.up_proj", inter, hidden, bias=mlp_bias)
         yield from linear(f"{at}.mlp.down_proj", hidden, inter, bias=mlp_bias)
         yield f"{at}.input_layernorm.weight", norm(hidden)
-        yield f"{at}.post_attention_layernorm.weight", norm(hidden, 3.0 if gemma else 1.0)
+        yield f"{at}.post_attention_layernorm.weight", norm(hidden, loud if gemma else 1.0)
         if gemma:
             yield f"{at}.pre_feedforward_layernorm.weight", norm(hidden)
-            yield f"{at}.post_feedforward_layernorm.weight", norm(hidden, 3.0)
+            yield f"{at}.post_feedforward_layernorm.weight", norm(hidden, loud)
     yield "model.norm.weight", norm(hidden)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", matrix(config["vocab_size"], hidden)
