@@ -8,42 +8,43 @@ It does not know models, schedulers or routers.
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from baton_common.clock import Clock
-from baton_common.errors import BatonError
-from baton_common.ids import TransferId
+from baton_common.errors import BatonError, ErrorKind
+from baton_common.ids import PageId, TransferId
+from baton_kvtransfer.acceptor import Acceptor
+from baton_kvtransfer.admission import Admission
+from baton_kvtransfer.blocks import blocks_of
+from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.config import TransferConfig
+from baton_kvtransfer.errors import Aborted, DeadlineExceeded
+from baton_kvtransfer.expectations import Expectations
+from baton_kvtransfer.inlink import InLink
 from baton_kvtransfer.layout import PageLayout
+from baton_kvtransfer.link import Link, Local
 from baton_kvtransfer.metrics import TransferMetrics
-from baton_kvtransfer.records import Fence, FirstToken, Inbound, InboundEvents, Outbound, PeerInfo
+from baton_kvtransfer.outlink import OutLink
+from baton_kvtransfer.records import Fence, Inbound, InboundEvents, Outbound, PeerInfo
+from baton_kvtransfer.transfer import Transfer
+from baton_kvtransfer.transport import SocketTransport, Transport
 from baton_proto.common_pb2 import Compat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["KvEndpoint", "Transfer"]
 
-class Transfer:
-    """The sender's handle of one transfer. Thread-safe; every method only enqueues."""
+log = logging.getLogger(__name__)
 
-    def ready(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None:
-        """KV of these layers and positions is in the pool. Per layer, positions come in order, without gaps.
-
-        Positions outside [first_token, end_token), and those announced before, are ignored. A prefix hit is announced
-        the same way, for all layers, right after `open`.
-        """
-        raise NotImplementedError
-
-    def finish(self, first: FirstToken) -> None:
-        """Everything was announced; `first` travels with the last message. Then `done` follows."""
-        raise NotImplementedError
-
-    def abort(self, error: BatonError) -> Fence:
-        """Give up; idempotent, also after the end. `done` is not called any more once this returned.
-
-        The pages may be freed when the fence is done (at once, unless a gather is running).
-        """
-        raise NotImplementedError
+_JOIN_S = 3.0
+_REMEMBERED_LINKS = 256
+_UNSAID_HELLOS = 16
+"""Connections beyond max_peers that may be open at once, so that the refusal can be said."""
 
 
 class KvEndpoint:
@@ -61,35 +62,157 @@ class KvEndpoint:
         clock: Clock,
         events: InboundEvents,
         metrics: TransferMetrics,
+        transport: Transport | None = None,
     ) -> None:
-        raise NotImplementedError
+        """`transport` replaces the sockets of `config`, for tests and embedding. Raises ValueError, WireError."""
+        self._local = Local(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            compat=compat,
+            layout=layout,
+            blocks=blocks_of(pool, layout),
+            config=config,
+            clock=clock,
+            metrics=metrics,
+            transport=transport or SocketTransport(config),
+        )
+        self._pages = int(pool.shape[0])
+        self._events = events
+        self._expected = Expectations()
+        self._admission = Admission(incarnation=incarnation, compat=compat, max_peers=config.max_peers)
+        self._acceptor: Acceptor | None = None
+        self._lock = threading.Lock()  # of everything below
+        self._closed = False
+        self._numbers = 0
+        self._out: dict[tuple[str, str], OutLink] = {}
+        self._links: set[Link] = set()
+        self._former: OrderedDict[tuple[str, str], PeerInfo] = OrderedDict()
 
     def start(self) -> str:
         """Listen; returns the address for WorkerHello.peer_address. Raises WireError naming the port that is in use."""
-        raise NotImplementedError
+        listener = self._local.transport.listen()
+        self._acceptor = Acceptor(
+            listener=listener, clock=self._local.clock, on_channel=self._accepted, on_time=self._end_overdue
+        )
+        self._acceptor.start()
+        return listener.address
 
     def close(self) -> None:
         """End everything in flight with Aborted, join all threads. Blocks at most a few seconds. Idempotent."""
-        raise NotImplementedError
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            links = list(self._links)
+        if self._acceptor is not None:
+            self._acceptor.stop(_JOIN_S)
+        for link in links:
+            link.stop()
+        for link in links:
+            if not link.join(_JOIN_S):
+                log.error("a transfer thread did not end", extra={"peer": link.info().worker_id})
+        for transfer_id in self._expected.ids():
+            self._fail(transfer_id, Aborted("this endpoint was closed", kind=ErrorKind.DRAINING))
 
     def expect(self, inbound: Inbound) -> None:
         """Call before the ticket leaves. Raises ValueError when the id is known or the range does not fit the pages."""
-        raise NotImplementedError
+        self._check(inbound.pages, inbound.first_token, inbound.end_token)
+        self._expected.add(inbound)
+        if self._acceptor is not None:
+            self._acceptor.wake()
 
     def cancel(self, transfer_id: TransferId, error: BatonError) -> Fence:
         """No scatter into its pages starts after this; the fence says when none is running. Idempotent.
 
         No event is delivered for it any more once this returned (one that is being delivered may overlap).
         """
-        raise NotImplementedError
+        return self._expected.cancel(transfer_id, error)
 
     def open(self, outbound: Outbound) -> Transfer:
         """Start sending; connects to the peer when there is no link yet. Failures come through `outbound.done`.
 
-        Raises ValueError when the range does not fit the pages.
+        Raises ValueError when the range does not fit the pages, Aborted when this endpoint is closed.
         """
-        raise NotImplementedError
+        self._check(outbound.pages, outbound.first_token, outbound.end_token)
+        while True:
+            link = self._link_to(outbound.peer_address, outbound.peer_incarnation)
+            transfer = Transfer(outbound, link.tell, self._local.clock)
+            if link.open(transfer):
+                return transfer
 
     def peers(self) -> list[PeerInfo]:
         """Snapshot of all links, refused and lost ones included until they are replaced."""
-        raise NotImplementedError
+        with self._lock:
+            live = [link.info() for link in self._links]
+            names = {(info.direction, info.worker_id or info.address) for info in live}
+            return live + [info for key, info in self._former.items() if key not in names]
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+    def _check(self, pages: Sequence[PageId], first_token: int, end_token: int) -> None:
+        size = self._local.layout.page_tokens
+        if not 0 <= first_token <= end_token <= len(pages) * size:
+            raise ValueError(f"positions [{first_token}, {end_token}) do not fit {len(pages)} pages of {size}")
+        touched = pages[first_token // size : -(-end_token // size)]
+        if touched and not (min(touched) >= 0 and max(touched) < self._pages):
+            raise ValueError(f"a page id is outside the pool of {self._pages} pages")
+
+    def _link_to(self, address: str, incarnation: str) -> OutLink:
+        with self._lock:
+            if self._closed:
+                raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
+            link = self._out.get((address, incarnation))
+            if link is None or link.over:
+                link = OutLink(address=address, incarnation=incarnation, local=self._local, ended=self._ended)
+                self._out[address, incarnation] = link
+                self._links.add(link)
+                link.start()
+            return link
+
+    def _accepted(self, channel: Channel) -> None:
+        with self._lock:
+            inbound = sum(isinstance(link, InLink) for link in self._links)
+            if self._closed or inbound >= self._local.config.max_peers + _UNSAID_HELLOS:
+                channel.close()
+                return
+            self._numbers += 1
+            link = InLink(
+                channel=channel,
+                number=self._numbers,
+                local=self._local,
+                admission=self._admission,
+                expected=self._expected,
+                events=self._events,
+                ended=self._ended,
+            )
+            link.start()
+            self._links.add(link)
+
+    def _ended(self, link: Link) -> None:
+        info = link.info()
+        with self._lock:
+            self._links.discard(link)
+            for key in [key for key, held in self._out.items() if held is link]:
+                del self._out[key]
+            name = info.worker_id or info.address
+            if name:
+                self._former[info.direction, name] = info
+                self._former.move_to_end((info.direction, name))
+            if len(self._former) > _REMEMBERED_LINKS:
+                self._former.popitem(last=False)
+
+    def _end_overdue(self) -> float | None:
+        for inbound in self._expected.overdue(self._local.clock.now()):
+            late = DeadlineExceeded(
+                f"transfer {inbound.transfer_id}: no peer came before the deadline",
+                transfer_id=inbound.transfer_id,
+                phase="new",
+                kind=ErrorKind.DEADLINE,
+            )
+            late.request_id = inbound.request_id
+            self._fail(inbound.transfer_id, late)
+        return self._expected.next_deadline_s()
+
+    def _fail(self, transfer_id: TransferId, error: BatonError) -> None:
+        if self._expected.end(transfer_id):
+            self._local.metrics.failed.labels("in", type(error).__name__).inc()
+            self._events.on_failed(transfer_id, error)

@@ -6,6 +6,8 @@ arrived: a transfer that ended with one of these has committed nothing.
 
 from __future__ import annotations
 
+from typing import Self
+
 from baton_common.errors import BatonError, ErrorKind
 from baton_proto.common_pb2 import Error as WireErrorMessage
 from baton_proto.common_pb2 import ErrorKind as WireErrorKind
@@ -31,6 +33,13 @@ class KVTransferError(BatonError):
         self.transfer_id = transfer_id
         self.peer = peer
         self.phase = phase
+
+    def about(self, transfer_id: str, request_id: str, phase: str) -> Self:
+        """The same failure, told of one transfer: links fail as a whole, requests one by one."""
+        told = type(self).__new__(type(self), *self.args)
+        told.__dict__.update(self.__dict__)
+        told.transfer_id, told.request_id, told.phase = transfer_id, request_id, phase
+        return told
 
 
 class PeerGone(KVTransferError):

@@ -1,0 +1,70 @@
+"""How payload crosses from a sender's pool into a receiver's slots. One file per wire; the protocol above is the same.
+
+A wire is two ends: `Landing` memory made by the receiver, one region per link, and a `Reach` into it held by the
+sender. The sender gathers into `reach.window(slot)`, digests, then `push` makes the bytes visible in the slot before
+the chunk's header arrives. Nothing else of the protocol depends on the wire.
+Others fit without a change: NIXL registers the landing region and sends its descriptor in `region`; windows are local
+staging memory, `push` is one WRITE whose notification carries the header. Mooncake writes the region through its
+segment and sends the header on the channel once the write returned. Both set `remote_memory`: verified twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton_kvtransfer.channel import Channel
+from baton_proto.peer_pb2 import PeerMessage, PeerWelcome, Slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """What a wire can do, for the choice among wires and for the care the receiver must take."""
+
+    same_host: bool  # needs a channel that carries descriptors
+    remote_memory: bool  # the peer can write the slots at any time: verify before and after the scatter
+    detects_death: bool  # a dead peer is seen by the operating system, not only by silence
+
+
+class Landing(Protocol):
+    """Receiver's end of one link: the slots of one peer. Never shared with, or inherited by, another peer."""
+
+    @property
+    def region(self) -> bytes: ...  # for the welcome
+
+    @property
+    def fds(self) -> Sequence[int]: ...  # travel beside the welcome
+
+    def slot(self, index: int, size: int) -> memoryview:
+        """The first `size` bytes of a slot."""
+
+    def fence(self) -> None:
+        """After this, nothing that the peer does reaches memory of ours that is or will be in use."""
+
+
+class Reach(Protocol):
+    """Sender's end of one link."""
+
+    def window(self, slot: Slot, size: int) -> memoryview:
+        """Where to gather a chunk for that slot. Valid until the push."""
+
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
+        """Returns when the window may be reused. Raises PeerGone."""
+
+    def fence(self) -> None:
+        """Let go of the peer's memory. No window is used after this."""
+
+
+class Wire(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def caps(self) -> Caps: ...
+
+    def land(self, *, slots: int, slot_bytes: int) -> Landing:
+        """Make the memory for one peer. Raises WireError when the system has none."""
+
+    def reach(self, welcome: PeerWelcome, channel: Channel) -> Reach:
+        """Sender: from what the receiver announced. Raises WireError when it cannot be used."""
