@@ -86,7 +86,7 @@ def run(program: Program, argv: Sequence[str], environment: Mapping[str, str]) -
         if settings is None:
             return 0
         logs.set_up(level=settings.worker.log_level, style=settings.worker.log_style)
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
         return asyncio.run(_Process(program, settings).run())
     except ConfigError as error:
         sys.stderr.write(f"{program.name}: {error}\n")
@@ -153,7 +153,9 @@ class _Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         outbox = Outbox(loop)
-        service = WorkerService(config=self._settings.worker, clock=self._clock)
+        service = WorkerService(
+            config=self._settings.worker, clock=self._clock, on_failure=lambda error: self._on_crash(error, {})
+        )
         host, port = await service.listen()
         address = f"{host}:{port}"
         worker_id = self._settings.worker.worker_id or address

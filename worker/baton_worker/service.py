@@ -67,11 +67,12 @@ class _Context(Protocol):
 
 
 class WorkerService:
-    """Create, `listen`, `serve`, in the end `drain` and `close`."""
+    """Create, `listen`, `serve`, in the end `drain` and `close`. `on_failure` hears of a defect in the ticker."""
 
-    def __init__(self, *, config: WorkerConfig, clock: Clock) -> None:
+    def __init__(self, *, config: WorkerConfig, clock: Clock, on_failure: Callable[[BaseException], None]) -> None:
         self._config = config
         self._clock = clock
+        self._on_failure = on_failure
         self._parts: Parts | None = None
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
@@ -92,6 +93,7 @@ class WorkerService:
         try:
             bound = self._server.add_insecure_port(self._config.listen)
         except RuntimeError:
+            await self._server.stop(grace=None)
             raise ConfigError(
                 f"cannot listen on {self._config.listen}: port {port} is in use; choose another --listen",
                 param="listen",
@@ -104,13 +106,12 @@ class WorkerService:
         self._parts = parts
         self.state = State.SERVING
         self._ticker = asyncio.create_task(self._tick_for_ever(parts), name="baton-ticker")
+        self._ticker.add_done_callback(self._ticker_ended)
         await self._report_health()
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing new and return when nothing is left. A second call joins the first, whose grace counts."""
-        if self._drained is None:
-            self._drained = asyncio.create_task(self._drain(grace_s), name="baton-drain")
-        await asyncio.shield(self._drained)
+        await asyncio.shield(self._begin_drain(grace_s))
 
     async def crashed(self, error: BatonError) -> None:
         """The engine is dead: say so to every router, as far as a second allows."""
@@ -187,7 +188,7 @@ class WorkerService:
 
     async def drain_progress(self, grace_s: float) -> AsyncIterator[worker_pb2.StatusReply]:
         """Admin.Drain: start it, and report until empty."""
-        drained = asyncio.create_task(self.drain(grace_s))
+        drained = self._begin_drain(grace_s)
         while not drained.done():
             yield self.status()
             await asyncio.wait({drained}, timeout=TICK_S)
@@ -200,6 +201,11 @@ class WorkerService:
             await self._report_health()
             self._broadcast_load(parts)
             await asyncio.sleep(TICK_S)
+
+    def _ticker_ended(self, ticker: asyncio.Task[None]) -> None:
+        error = None if ticker.cancelled() else ticker.exception()
+        if error is not None:
+            self._on_failure(error)
 
     def _load(self, parts: Parts) -> worker_pb2.Load:
         return load_message(
@@ -221,9 +227,14 @@ class WorkerService:
         ready = alive and self.state is State.SERVING
         await self._health.set(READY_SERVICE, serving if ready else not_serving)
 
+    def _begin_drain(self, grace_s: float) -> asyncio.Task[None]:
+        if self._drained is None:
+            self.state = State.DRAINING
+            self._drained = asyncio.create_task(self._drain(grace_s), name="baton-drain")
+        return self._drained
+
     async def _drain(self, grace_s: float) -> None:
         parts = self._parts
-        self.state = State.DRAINING
         await self._report_health()
         if parts is not None:
             desk = parts.desk
@@ -279,5 +290,6 @@ class _Admin:
     async def Status(self, request: worker_pb2.StatusRequest, context: _Context) -> worker_pb2.StatusReply:
         return self._service.status()
 
-    def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> AsyncIterator[worker_pb2.StatusReply]:
-        return self._service.drain_progress(request.deadline_ms / 1000)
+    async def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> AsyncIterator[worker_pb2.StatusReply]:
+        async for reply in self._service.drain_progress(request.deadline_ms / 1000):
+            yield reply

@@ -107,12 +107,14 @@ class EngineMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         yield CounterMetricFamily("baton_engine_steps", "Steps since the start", value=stats.steps)
+        yield CounterMetricFamily("baton_engine_preemptions", "Preemptions since the start", value=stats.preemptions)
         yield CounterMetricFamily("baton_worker_handoffs", "Transfers ended since the start", value=self._handoffs())
         for name, text, value in (
             ("baton_engine_queued_requests", "Requests that wait for admission", stats.queued_requests),
             ("baton_engine_queued_tokens", "Prompt tokens not computed yet", stats.queued_tokens),
             ("baton_engine_running_requests", "Requests that hold a row", stats.running),
             ("baton_engine_reserved_requests", "Requests that wait for their KV", stats.reserved),
+            ("baton_engine_sending_requests", "Requests whose KV is on the way", stats.sending),
             ("baton_engine_step_ms", "Moving average of a step, ms", stats.step_ms),
             ("baton_engine_prefill_tokens_per_s", "Moving average of prefill", stats.prefill_tokens_per_s),
             ("baton_worker_resident_bytes", "Resident memory of the process", resident_bytes()),
