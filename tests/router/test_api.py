@@ -11,7 +11,7 @@ import pytest
 from baton_proto import worker_pb2 as wire
 from baton_router.detokenise import Vocabulary
 from router.conftest import CONTEXT_TOKENS, MODEL, House, eventually
-from router.fake_worker import FIRST_LETTER, expected, fault
+from router.fake_worker import expected, fault
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -532,6 +532,13 @@ async def test_a_defect_is_a_500_without_a_traceback(
     assert "Traceback" not in answer.text
 
 
-def test_the_synchronous_client_works_too(folder: object) -> None:
-    """The letters used by the fakes are ordinary tokens of the test vocabulary."""
-    assert FIRST_LETTER > 7
+async def test_the_synchronous_client_works_too(house: House) -> None:
+    await house.pair()
+    url = await house.serve()
+
+    def ask() -> str:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=7, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    assert await asyncio.to_thread(ask) == text_of(house, expected(chat_ids(house), 7))
