@@ -227,6 +227,18 @@ def test_late_scatters_hit_nobody_after_a_failed_transfer() -> None:
     assert world.ended[RequestId("next")] is None
 
 
+def test_a_failure_told_after_the_kv_arrived_harms_nobody() -> None:
+    world = World(make_config())
+    world.submit(reserve(ids(5, 10)))
+    world.receive(R)
+    world.fail_kv(R)
+    world.iterate()
+    world.fail_kv(R)
+    world.bring_home()
+    world.check_end()
+    assert world.ended[R] is None
+
+
 def test_a_preempted_receiver_is_released_once_and_goes_on_locally() -> None:
     world = World(make_config(total_pages=12))
     for name in "ab":

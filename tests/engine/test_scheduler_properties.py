@@ -1,7 +1,7 @@
 """Scheduler: any sequence of events leaks no page, takes no undefined edge, and ends each request once, rightly.
 
-Tiny pools force preemption, eviction and refusals. The world's device holds KV values per page slot, so foreign or stale
-KV fails at once; outputs are compared with a reference that knows no scheduler.
+Tiny pools force preemption, eviction and refusals. The world's device holds KV values per page slot, so foreign or
+stale KV fails at once; outputs are compared with a reference that knows no scheduler.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_a_page_inserted_behind_anothers_prefix_keeps_that_prefix() -> None:
 def test_unpinning_more_than_was_pinned_is_an_error() -> None:
     tree = PrefixTree()
     put(tree, "a", 10)
-    with pytest.raises(TreeError, match="page 10 .* unpinned more often"):
+    with pytest.raises(TreeError, match=r"page 10 .* unpinned more often"):
         tree.unpin(path("a"))
 
 
@@ -110,7 +110,7 @@ def test_check_finds_a_lost_parent() -> None:
     tree = PrefixTree()
     put(tree, "abc", 10)
     del tree._nodes[path("ab")[1]]
-    with pytest.raises(TreeError, match="page 12 .* parent .* is gone"):
+    with pytest.raises(TreeError, match=r"page 12 .* parent .* is gone"):
         tree.check()
 
 

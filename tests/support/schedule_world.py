@@ -3,7 +3,8 @@
 The device keeps "KV" per page slot: a chain value over all tokens before, so a page that is reused too early, a wrong
 page table or a wrong prefix hit shows up as wrong KV, not only as a count. A token is a function of the chain alone:
 whatever the batching, chunking, preemption or prefix hits, outputs must equal `reference`.
-Steps run in order, but only when the test says so; the peer scatters into pages until its fence is done, as late as it may.
+Steps run in order, but only when the test says so; the peer scatters into pages until its fence is done, as late as it
+may.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class World:
     def submit(self, request: Request) -> None:
         self.requests[request.request_id] = request
         self.outputs[request.request_id] = []
-        if 0 < request.prompt_tokens and len(request.tokens) < self.scheduler.context_tokens:
+        if request.prompt_tokens > 0 and len(request.tokens) < self.scheduler.context_tokens:
             self.expected[request.request_id] = reference(request, self.scheduler.context_tokens)
         self.scheduler.submit(request, self.clock.now())
         self.deliver()

@@ -117,8 +117,10 @@ class Scheduler:
             self._life.finish(entry, Phase.FINISHED, now_s)
 
     def kv_failed(self, request_id: RequestId, error: BatonError, now_s: float) -> None:
-        """RESERVE: the KV will not come."""
-        self._fail(request_id, error, now_s)
+        """RESERVE: the KV will not come. After kv_received it changes nothing: the KV is here."""
+        entry = self._life.find(request_id)
+        if entry is not None and entry.request.phase in (Phase.RESERVED, Phase.RECEIVING):
+            self._fail(request_id, error, now_s)
 
     def handoff_done(self, request_id: RequestId, now_s: float) -> None:
         """PREFILL: the receiver committed."""
