@@ -94,7 +94,7 @@ class Service:
         """Follows readiness for ever; returns only the failure to become ready in time."""
         deadline_s = self._clock.now() + self._ready_timeout_s
         while True:
-            answer = await asyncio.to_thread(self._is_ready, self._url, _ASK_TIMEOUT_S)
+            answer = self._named(await asyncio.to_thread(self._is_ready, self._url, _ASK_TIMEOUT_S))
             phase = self._state.phase
             if phase in _ASK_EVERY_S:
                 if answer.ready:
@@ -105,6 +105,13 @@ class Service:
                     waited = f"not ready after {self._ready_timeout_s:.0f} s"
                     return GaveUp(f"{waited}: {answer.reason}; logs are in {self._folder.logs}", status=1)
             await asyncio.sleep(_ASK_EVERY_S.get(phase, 1.0))
+
+    def _named(self, answer: Readiness) -> Readiness:
+        """The router knows workers by address; a person knows them by name."""
+        reason = answer.reason
+        for process in self._supervisor.states:
+            reason = reason.replace(f"worker {process.address}", process.name)
+        return replace(answer, reason=reason)
 
     def _processes_changed(self) -> None:
         self._state = replace(self._state, processes=self._supervisor.states)

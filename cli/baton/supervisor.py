@@ -105,16 +105,18 @@ class Supervisor:
     async def _keep(self, command: Command) -> None:
         crashes = 0
         while not self._stop.is_set():
-            started_s = self._clock.now()
+            started_s, log_begin = self._clock.now(), _size(command.log)
             status = await self._run_once(command)
             if self._stop.is_set():
                 break
             if status == CONFIG_EXIT:
-                raise GaveUp(f"{command.name} refuses to start: {last_line(command.log)}", status=CONFIG_EXIT)
+                reason = last_line(command.log, log_begin)
+                raise GaveUp(f"{command.name} refuses to start: {reason}", status=CONFIG_EXIT)
             crashes = crashes + 1 if self._clock.now() - started_s < self._policy.stable_s else 1
             how = _describe(status)
             if crashes >= self._policy.crashes:
-                raise GaveUp(f"{command.name} ended {crashes} times, {how}: {last_line(command.log)}", status=1)
+                reason = last_line(command.log, log_begin)
+                raise GaveUp(f"{command.name} ended {crashes} times, {how}: {reason}", status=1)
             self._update(
                 command, life=Life.RESTARTING, last_exit=how, restarts=self._states[command.name].restarts + 1
             )
@@ -174,13 +176,16 @@ class Supervisor:
         self._changed()
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+def last_line(log: Path, begin: int = 0) -> str:
+    """The last line that says something, of what a log holds from byte `begin` on."""
     with log.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - _TAIL_BYTES))
+        file.seek(max(begin, _size(log) - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), f"(no output in {log})")
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
 
 
 def _describe(status: int) -> str:

@@ -85,6 +85,16 @@ async def test_a_service_that_is_ready_no_longer_is_degraded_and_says_why(folder
     await run
 
 
+async def test_workers_are_called_by_name_in_what_the_router_says(folder: StateDir, tmp_path: Path) -> None:
+    worker = script(tmp_path, "decode-0", "exec sleep 60")
+    scene = Scene(folder, worker)
+    scene.answer = not_ready(f"worker {worker.address}: connecting")
+    run = asyncio.create_task(scene.service.run())
+    await eventually(lambda: any(state.note == "decode-0: connecting" for state in scene.shown))
+    scene.service.stop()
+    await run
+
+
 async def test_a_configuration_error_fails_the_service_with_its_line(folder: StateDir, tmp_path: Path) -> None:
     scene = Scene(folder, script(tmp_path, "worker", "echo 'no tokenizer.json in /m'; exit 2"))
     assert await scene.service.run() == 2

@@ -54,6 +54,13 @@ async def test_a_configuration_error_ends_everything_with_the_last_line_and_is_n
     assert pid == 0 or not alive(pid)
 
 
+async def test_a_last_line_of_an_earlier_run_is_not_taken_for_the_reason(tmp_path: Path) -> None:
+    silent = script(tmp_path, "silent", "exit 2")
+    silent.log.write_text("all was well\n")
+    with pytest.raises(GaveUp, match=r"silent refuses to start: \(no output"):
+        await supervisor(silent).run()
+
+
 async def test_a_process_that_never_stays_up_is_given_up_after_so_many_crashes(tmp_path: Path) -> None:
     with pytest.raises(GaveUp, match=r"worker ended 4 times, with exit status 1: boom") as caught:
         await supervisor(script(tmp_path, "worker", "echo x >> starts; echo boom; exit 1")).run()
