@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from support.router_client import RouterClient
-from support.scripted_engine import LAYERS, PAGE_TOKENS, VOCAB, ScriptedEngine
+from support.scripted_engine import LAYERS, PAGE_TOKENS, ScriptedEngine
 
 from baton_common.clock import SystemClock
 from baton_common.errors import BatonError
@@ -113,7 +113,7 @@ async def running_worker(
         protocol_version=PROTOCOL_VERSION, worker_id="w", incarnation="inc", role=worker_pb2.ROLE_DECODE, compat=COMPAT,
         model_name="scripted", context_tokens=1024, hash_root=b"r" * 16, peer_address="127.0.0.1:7" if peers else "",
     )  # fmt: skip
-    desk = Desk(engine=engine, role=role, hello=hello, vocab_size=VOCAB, clock=clock)
+    desk = Desk(engine=engine, role=role, hello=hello, clock=clock)
     outbox.open(desk.deliver)
     engine.start()
     await service.serve(Parts(engine=engine, role=role, desk=desk, hello=hello, peers=_no_peers))

@@ -22,6 +22,8 @@ from baton_worker.service import READY_SERVICE, WorkerService
 LONG = SamplingParams(temperature=0.0, max_tokens=100_000, ignore_eos=True)
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))  # else megabytes fit in between
+
 
 def outputs(prompt: list[int], count: int) -> list[int]:
     return [expected_token(prompt, position) for position in range(count)]
@@ -77,8 +79,6 @@ async def test_two_routers_may_use_the_same_handles(worker: Worker) -> None:
     ("fields", "param"),
     [
         ({"tokens": b""}, "prompt"),
-        ({"tokens": b"\xff\xff\xff\x7f"}, "prompt"),
-        ({"prompt_tokens": 2}, "prompt_tokens"),
         ({"deadline_ms": 0}, "deadline_ms"),
     ],
 )
@@ -152,9 +152,9 @@ async def test_a_stream_starts_with_hello(worker: Worker) -> None:
 
 
 async def test_a_router_that_stops_reading_loses_its_stream_and_others_do_not_notice(worker: Worker) -> None:
-    bench = await worker(step_s=0.003, stream_backlog=16)
+    bench = await worker(step_s=0.001, stream_backlog=16)
     async with bench.router() as other:
-        async with grpc.aio.insecure_channel(bench.address) as channel:
+        async with grpc.aio.insecure_channel(bench.address, options=SMALL_WINDOW) as channel:
             call = worker_pb2_grpc.WorkerStub(channel).Connect()
             await call.write(
                 worker_pb2.RouterMessage(hello=worker_pb2.RouterHello(protocol_version=1, router_id="slow"))

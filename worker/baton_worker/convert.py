@@ -1,12 +1,10 @@
 """Protobuf <-> engine records, both ways, in one place. Pure; no I/O, no clock of its own.
 
-What comes from a router is checked here: after `request_from` a request is well formed. Lengths against the context are
-the engine's business. Refusals are InvalidRequest and name the field as the client's API calls it, where it has one.
+What the wire can get wrong is refused here, by field; values and lengths are the engine's business, which checks them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +16,6 @@ from baton_engine.role import TokenLogprobs, TokenOut
 from baton_proto import common_pb2, worker_pb2
 
 PROTOCOL_VERSION = 1
-MAX_TOP_LOGPROBS = 20
 HASHES_PER_MESSAGE = 1 << 16  # 1 MiB: well under gRPC's default limit of 4 MiB
 
 _MODES = {
@@ -33,29 +30,21 @@ _FINISH = {
 
 
 # ---- requests in ----------------------------------------------------------------------------------------------------
-def request_from(submit: worker_pb2.Submit, *, request_id: RequestId, now_s: float, vocab_size: int) -> Request:
+def request_from(submit: worker_pb2.Submit, *, request_id: RequestId, now_s: float) -> Request:
     """The engine's record of a Submit. Raises InvalidRequest with `param`."""
     mode = _MODES.get(submit.mode)
     if mode is None:
         raise InvalidRequest("unknown submit mode; is the router of the same version?", param="mode")
     if submit.deadline_ms == 0:
         raise InvalidRequest("deadline_ms must be positive: every request has a deadline", param="deadline_ms")
-    tokens = _tokens_from(submit.tokens, vocab_size)
-    if not 1 <= submit.prompt_tokens <= len(tokens):
-        raise InvalidRequest(
-            f"prompt_tokens is {submit.prompt_tokens} of {len(tokens)} tokens; it must be at least 1",
-            param="prompt_tokens",
-        )
-    sampling = sampling_from(submit.sampling, vocab_size=vocab_size)
-    outputs = len(tokens) - submit.prompt_tokens
-    if outputs >= sampling.max_tokens:
-        raise InvalidRequest(f"{outputs} outputs exist, max_tokens is {sampling.max_tokens}", param="max_tokens")
+    if not submit.tokens or len(submit.tokens) % 4:
+        raise InvalidRequest(f"{len(submit.tokens)} bytes of tokens are no int32 token ids", param="prompt")
     return Request(
         request_id=request_id,
         mode=mode,
-        tokens=tokens,
+        tokens=tokens_from_bytes(submit.tokens),
         prompt_tokens=submit.prompt_tokens,
-        sampling=sampling,
+        sampling=sampling_from(submit.sampling),
         deadline_s=now_s + submit.deadline_ms / 1000,
         arrival_s=now_s,
         priority=submit.priority,
@@ -64,45 +53,8 @@ def request_from(submit: worker_pb2.Submit, *, request_id: RequestId, now_s: flo
     )
 
 
-def _tokens_from(raw: bytes, vocab_size: int) -> list[int]:
-    if not raw:
-        raise InvalidRequest("the prompt has no tokens", param="prompt")
-    if len(raw) % 4:
-        raise InvalidRequest(f"{len(raw)} bytes are no int32 token ids", param="prompt")
-    tokens = tokens_from_bytes(raw)
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise InvalidRequest(f"token id {wrong} is not in the vocabulary of {vocab_size}", param="prompt")
-    return tokens
-
-
-def sampling_from(message: worker_pb2.Sampling, *, vocab_size: int) -> SamplingParams:
-    """Raises InvalidRequest for a value out of range; the ranges are those of the OpenAI API where it has the field."""
-    _within(message, "temperature", 0.0, 100.0)
-    _within(message, "top_p", 0.0, 1.0, open_low=True)
-    _within(message, "min_p", 0.0, 1.0)
-    _within(message, "repetition_penalty", 0.0, 100.0, open_low=True)
-    _within(message, "presence_penalty", -2.0, 2.0)
-    _within(message, "frequency_penalty", -2.0, 2.0)
-    if message.max_tokens == 0:
-        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
-    if message.min_tokens > message.max_tokens:
-        raise InvalidRequest(
-            f"min_tokens {message.min_tokens} is more than max_tokens {message.max_tokens}", param="min_tokens"
-        )
-    if message.top_logprobs > MAX_TOP_LOGPROBS:
-        raise InvalidRequest(
-            f"top_logprobs is {message.top_logprobs}, at most {MAX_TOP_LOGPROBS}", param="top_logprobs"
-        )
-    bias = dict(message.logit_bias)
-    for token_id, value in bias.items():
-        if token_id >= vocab_size or not math.isfinite(value) or abs(value) > 100:
-            raise InvalidRequest(
-                f"logit_bias {token_id}: {value} is not a known token id with a bias in [-100, 100]", param="logit_bias"
-            )
-    if any(token_id >= vocab_size for token_id in message.stop_token_ids):
-        raise InvalidRequest(f"a stop token id is not in the vocabulary of {vocab_size}", param="stop_token_ids")
+def sampling_from(message: worker_pb2.Sampling) -> SamplingParams:
+    """As it came; the engine checks the ranges."""
     return SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k,
@@ -111,7 +63,7 @@ def sampling_from(message: worker_pb2.Sampling, *, vocab_size: int) -> SamplingP
         repetition_penalty=message.repetition_penalty,
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
-        logit_bias=bias,
+        logit_bias=dict(message.logit_bias),
         seed=message.seed,
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,
@@ -120,13 +72,6 @@ def sampling_from(message: worker_pb2.Sampling, *, vocab_size: int) -> SamplingP
         logprobs=message.logprobs,
         top_logprobs=message.top_logprobs,
     )
-
-
-def _within(message: worker_pb2.Sampling, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    value = float(getattr(message, name))
-    if not (low < value <= high if open_low else low <= value <= high):  # false for NaN too
-        bracket = "(" if open_low else "["
-        raise InvalidRequest(f"{name} is {value}; allowed is {bracket}{low:g}, {high:g}]", param=name)
 
 
 def sampling_message(sampling: SamplingParams) -> worker_pb2.Sampling:

@@ -39,13 +39,10 @@ class _Entry:
 class Desk:
     """Takes what routers say to the engine and what the engine says to the routers."""
 
-    def __init__(
-        self, *, engine: EnginePort, role: WorkerRole, hello: worker_pb2.WorkerHello, vocab_size: int, clock: Clock
-    ) -> None:
+    def __init__(self, *, engine: EnginePort, role: WorkerRole, hello: worker_pb2.WorkerHello, clock: Clock) -> None:
         self._engine = engine
         self._role = role
         self._hello = hello
-        self._vocab_size = vocab_size
         self._clock = clock
         self._entries: dict[RequestId, _Entry] = {}
         self._streams: dict[int, RouterStream] = {}
@@ -94,9 +91,7 @@ class Desk:
         try:
             if self.draining:
                 raise Draining("the worker is draining; use another one")
-            request = convert.request_from(
-                submit, request_id=request_id, now_s=self._clock.now(), vocab_size=self._vocab_size
-            )
+            request = convert.request_from(submit, request_id=request_id, now_s=self._clock.now())
             self._role.accept(submit, request)
         except BatonError as error:
             stream.send(convert.failed_message(submit.handle, error))

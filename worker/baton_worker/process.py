@@ -125,7 +125,6 @@ class _House:
     endpoint: KvEndpoint | None
     role: WorkerRole
     hello: worker_pb2.WorkerHello
-    vocab_size: int
 
     def close(self) -> None:
         """Blocks until threads are joined."""
@@ -164,9 +163,7 @@ class _Process:
         except BatonError as error:
             await service.close()
             raise ConfigError(str(error), param=error.param) from None
-        desk = Desk(
-            engine=house.engine, role=house.role, hello=house.hello, vocab_size=house.vocab_size, clock=self._clock
-        )
+        desk = Desk(engine=house.engine, role=house.role, hello=house.hello, clock=self._clock)
         outbox.open(desk.deliver)
         house.engine.start()
         await service.serve(
@@ -224,9 +221,7 @@ class _Process:
             hash_root=engine.hash_root,
             peer_address=peer_address,
         )
-        return _House(
-            device=device, engine=engine, endpoint=endpoint, role=role, hello=hello, vocab_size=model.spec.vocab_size
-        )
+        return _House(device=device, engine=engine, endpoint=endpoint, role=role, hello=hello)
 
     def _start_metrics(self, host: str, house: _House) -> None:
         port = self._settings.worker.metrics_port
