@@ -1,0 +1,466 @@
+"""The slot protocol, message by message, and as a property under every fault a network can do."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.kv_pure import Letter, Life, PureLink
+
+from baton_common.errors import ErrorKind
+from baton_kvtransfer.errors import Aborted, Corrupt, DeadlineExceeded, PeerGone, WireError
+from baton_kvtransfer.protocol import RECEIVE_EDGES, SEND_EDGES, ReceiveState, SendState
+from baton_kvtransfer.records import FirstToken, Receipt
+from baton_proto.peer_pb2 import Commit, Credit, PeerMessage, Reserve, Sent, Slot
+
+
+def link(*, remote_memory: bool = True) -> PureLink:
+    return PureLink(seed=1, remote_memory=remote_memory)
+
+
+def opened(world: PureLink, first_token: int = 2, end_token: int = 11, deadline_s: float = 60.0) -> Life:
+    life = world.open(first_token, end_token, deadline_s)
+    assert life is not None
+    return life
+
+
+def announce_all(world: PureLink, life: Life) -> None:
+    for _ in range(4):
+        world.progress(life)
+
+
+@pytest.mark.parametrize("remote_memory", [True, False])
+def test_a_transfer_runs_from_reserve_to_commit(remote_memory: bool) -> None:
+    world = link(remote_memory=remote_memory)
+    life = opened(world)
+    announce_all(world, life)
+    world.settle()
+    assert isinstance(life.sender_outcome, Receipt)
+    assert isinstance(life.receiver_outcome, FirstToken)
+    assert life.sender_outcome.bytes == 9 * 3 * 2 * 2 * 2
+    assert life.sender_outcome.resends == 0
+    world.check_quiet()
+
+
+def test_an_empty_range_commits_without_a_chunk() -> None:
+    world = link()
+    life = opened(world, 8, 8)
+    announce_all(world, life)
+    world.settle()
+    assert isinstance(life.sender_outcome, Receipt)
+    assert life.sender_outcome.chunks == 0
+    world.check_quiet()
+
+
+def test_chunks_leave_while_later_layers_are_not_ready() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    world.progress(life)
+    assert world.push()
+    world.settle()
+    assert life.sender_outcome is None
+
+
+def test_no_chunk_leaves_without_a_credit() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    announce_all(world, life)
+    pushed = 0
+    while world.push():
+        pushed += 1
+    assert pushed == len(world.table)
+    world.deliver_forth(world.forth.popleft())
+    while world.back:
+        world.deliver_back(world.back.popleft())
+    assert world.push()
+
+
+def test_transfers_of_one_link_take_turns() -> None:
+    world = link()
+    lives = [opened(world, 0, 12), opened(world, 0, 12)]
+    world.settle()
+    for life in lives:
+        announce_all(world, life)
+    while world.push():
+        pass
+    names = [letter.message.chunk.transfer_id for letter in world.forth if letter.message.HasField("chunk")]
+    assert names == ["t0", "t1", "t0"]
+
+
+def test_an_unknown_transfer_is_refused_at_once() -> None:
+    world = link()
+    life = opened(world)
+    world.cancel(life)
+    world.settle()
+    assert isinstance(life.sender_outcome, Aborted)
+    assert life.sender_outcome.kind is ErrorKind.TRANSFER
+    assert life.sender_outcome.phase == "queued"
+    world.check_quiet()
+
+
+def test_a_reserve_for_another_range_names_the_field_and_both_values() -> None:
+    world = link()
+    life = opened(world, 2, 11)
+    world.forth.clear()
+    reserve = Reserve(transfer_id=life.transfer_id, request_id="r", first_token=2, end_token=12)
+    world.deliver_forth(Letter(PeerMessage(reserve=reserve)))
+    assert isinstance(life.receiver_outcome, Exception)
+    assert str(life.receiver_outcome).startswith("end_token differs: ours 11, theirs 12")
+
+
+@pytest.mark.parametrize("stage", range(6))
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_an_abort_ends_both_sides_in_every_state(stage: int, side: str) -> None:
+    world = link()
+    life = opened(world)
+    if stage >= 1:
+        world.settle()
+    for _ in range(min(stage, 4)):
+        world.progress(life)
+        if stage >= 3:
+            world.push()
+    if side == "sender":
+        world.abort(life)
+    else:
+        world.cancel(life)
+    world.check_canaries()
+    world.settle()
+    assert isinstance(life.sender_outcome, Aborted | Exception)
+    assert isinstance(life.receiver_outcome, Aborted | Exception)
+    world.check_quiet()
+    world.check_canaries()
+
+
+def test_both_sides_aborting_at_once_drain() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    world.progress(life)
+    world.push()
+    world.abort(life)
+    world.cancel(life)
+    world.settle()
+    world.check_quiet()
+
+
+def test_damaged_chunks_are_sent_again() -> None:
+    world = link(remote_memory=False)
+    life = opened(world)
+    world.settle()
+    announce_all(world, life)
+    world.push()
+    letter = world.forth[0]
+    assert letter.payload is not None
+    letter.payload = bytes([letter.payload[0] ^ 1]) + letter.payload[1:]
+    world.settle()
+    assert isinstance(life.sender_outcome, Receipt)
+    assert life.sender_outcome.resends == 1
+    world.check_quiet()
+
+
+def test_damage_in_every_round_ends_as_corrupt() -> None:
+    world = link(remote_memory=False)
+    life = opened(world)
+    announce_all(world, life)
+    while world.push() or world.forth or world.back:
+        if world.forth:
+            letter = world.forth.popleft()
+            if letter.payload is not None:
+                letter.payload = bytes(len(letter.payload))
+            world.deliver_forth(letter)
+        if world.back:
+            world.deliver_back(world.back.popleft())
+    assert isinstance(life.receiver_outcome, Corrupt)
+    assert isinstance(life.sender_outcome, Aborted)
+    assert life.sender_outcome.kind.retriable
+    world.check_quiet()
+
+
+def test_lost_chunks_are_asked_for_and_their_slots_come_back() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    announce_all(world, life)
+    world.push()
+    world.forth.pop()
+    world.settle()
+    assert isinstance(life.sender_outcome, Receipt)
+    assert life.sender_outcome.resends == 1
+    world.check_quiet()
+
+
+@pytest.mark.parametrize("kind", ["reserve", "granted", "sent", "resend", "credit", "commit"])
+def test_a_lost_message_costs_time_not_the_transfer(kind: str) -> None:
+    world = link()
+    life = opened(world)
+    announce_all(world, life)
+    to_lose = {"chunk", "resend"} if kind == "resend" else {kind}  # a Resend is said only after a loss
+    for _ in range(8):
+        while world.push() or world.forth or world.back:
+            for way, deliver in ((world.forth, world.deliver_forth), (world.back, world.deliver_back)):
+                if way:
+                    letter = way.popleft()
+                    name = letter.message.WhichOneof("kind")
+                    if name in to_lose:
+                        to_lose.remove(name)
+                    else:
+                        deliver(letter)
+        world.advance(1.0)
+    assert not to_lose
+    assert isinstance(life.sender_outcome, Receipt)
+    world.settle()
+    world.check_quiet()
+
+
+def test_a_lost_abort_is_repeated_until_drained() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    world.progress(life)
+    world.settle()
+    world.abort(life)
+    world.forth.clear()
+    world.advance(1.0)
+    world.settle()
+    assert isinstance(life.receiver_outcome, Aborted)
+    world.check_quiet()
+
+
+def test_an_abort_that_crosses_a_commit_ends_as_committed() -> None:
+    world = link()
+    life = opened(world, deadline_s=4.0)
+    announce_all(world, life)
+    while world.push() or world.forth or len(world.back) > 1:
+        if world.forth:
+            world.deliver_forth(world.forth.popleft())
+        while world.back and not world.back[0].message.HasField("commit"):
+            world.deliver_back(world.back.popleft())
+        if world.back and not world.forth:
+            break
+    assert isinstance(life.receiver_outcome, FirstToken)
+    world.sender.tick(world.clock.now() + 4.0)  # the lease ends while Commit is on its way
+    assert life.sender_outcome is None
+    world.collect()
+    world.settle()
+    assert isinstance(life.sender_outcome, Receipt)
+    world.check_quiet()
+
+
+def test_the_lease_end_aborts_so_that_the_receiver_cannot_commit_released_pages() -> None:
+    world = link()
+    life = opened(world, deadline_s=4.0)
+    world.settle()
+    world.progress(life)
+    world.settle()
+    world.sender.tick(world.clock.now() + 4.0)
+    world.collect()
+    assert isinstance(life.sender_outcome, DeadlineExceeded)
+    assert life.sender_outcome.phase == "prefilling"
+    world.settle()
+    assert isinstance(life.receiver_outcome, Aborted)
+    assert life.receiver_outcome.kind is ErrorKind.DEADLINE
+    world.check_quiet()
+
+
+def test_a_peer_that_forgot_the_transfer_ends_it() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    for _ in range(4):  # no Alive of the receiver gets through
+        world.back.clear()
+        world.forth.clear()
+        world.advance(1.0)
+    assert isinstance(life.sender_outcome, DeadlineExceeded)
+    assert "no longer names" in life.sender_outcome.message
+
+
+def test_finish_before_everything_was_ready_is_a_defect_with_an_answer() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    world.sender.finish(life.transfer_id, FirstToken(token_id=1, position=0), world.clock.now())
+    world.collect()
+    assert isinstance(life.sender_outcome, Exception)
+    world.settle()
+    world.check_quiet()
+
+
+def test_a_commit_that_nobody_earned_breaks_the_link() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    with pytest.raises(WireError, match="Commit before Sent"):
+        world.deliver_back(Letter(PeerMessage(commit=Commit(transfer_id=life.transfer_id))))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        PeerMessage(credit=Credit(slots=[Slot(index=77, generation=1)])),
+        PeerMessage(sent=Sent(transfer_id="t0")),
+        PeerMessage(),
+    ],
+)
+def test_what_a_receiver_may_not_send_breaks_the_link(message: PeerMessage) -> None:
+    world = link()
+    with pytest.raises(WireError):
+        world.deliver_back(Letter(message))
+
+
+def test_a_wild_chunk_count_costs_nothing() -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    world.deliver_forth(Letter(PeerMessage(sent=Sent(transfer_id=life.transfer_id, chunks=2**32 - 1))))
+    assert len(world.back[-1].message.resend.sequences) <= 4096
+
+
+def test_a_lost_link_fails_everything_on_it() -> None:
+    world = link()
+    lives = [opened(world), opened(world, 0, 4)]
+    world.settle()
+    world.progress(lives[0])
+    world.push()
+    world.sender.lose(PeerGone("gone"))
+    world.receiver.lose(PeerGone("gone"))
+    world.collect()
+    for life in lives:
+        assert isinstance(life.sender_outcome, PeerGone)
+        assert life.sender_outcome.transfer_id == life.transfer_id
+        assert isinstance(life.receiver_outcome, PeerGone)
+
+
+def test_terminal_states_have_no_way_out() -> None:
+    for edges, terminal in (
+        (SEND_EDGES, (SendState.RELEASED, SendState.DRAINED)),
+        (RECEIVE_EDGES, (ReceiveState.COMMITTED, ReceiveState.DRAINED)),
+    ):
+        assert all(not edges[state] for state in terminal)
+        assert set(edges) == set(type(terminal[0]))
+
+
+class Chaos(RuleBasedStateMachine):
+    """Two owners, a network that does what it likes, memory that is written late: no wrong byte is ever committed."""
+
+    @initialize(seed=st.integers(0, 2**16), remote=st.booleans())
+    def begin(self, seed: int, remote: bool) -> None:
+        self.world = PureLink(seed=seed, remote_memory=remote)
+
+    def some_life(self, pick: int) -> Life | None:
+        lives = [life for life in self.world.lives.values() if life.receiver_outcome is None or not life.sender_outcome]
+        return lives[pick % len(lives)] if lives else None
+
+    @rule(first=st.integers(0, 9), count=st.integers(0, 12), deadline_s=st.sampled_from([2.0, 60.0]))
+    def open(self, first: int, count: int, deadline_s: float) -> None:
+        self.world.open(first, first + count, deadline_s)
+
+    @rule(pick=st.integers(0, 7))
+    def progress(self, pick: int) -> None:
+        life = self.some_life(pick)
+        if life is not None and life.sender_outcome is None:
+            self.world.progress(life)
+
+    @rule(count=st.integers(1, 4))
+    def push(self, count: int) -> None:
+        for _ in range(count):
+            self.world.push()
+
+    @rule(count=st.integers(1, 8))
+    def flow(self, count: int) -> None:
+        for _ in range(count):
+            self.world.push()
+            if self.world.forth:
+                self.world.deliver_forth(self.world.forth.popleft())
+            if self.world.back:
+                self.world.deliver_back(self.world.back.popleft())
+
+    @precondition(lambda self: self.world.forth)
+    @rule(index=st.integers(0, 5), twice=st.booleans())
+    def deliver_forth_out_of_order(self, index: int, twice: bool) -> None:
+        letter = self.world.forth[index % len(self.world.forth)]
+        if not twice:
+            del self.world.forth[index % len(self.world.forth)]
+        self.world.deliver_forth(letter)
+
+    @precondition(lambda self: self.world.back)
+    @rule(twice=st.booleans())
+    def deliver_back(self, twice: bool) -> None:
+        letter = self.world.back.popleft()
+        if twice:
+            self.world.back.append(letter)
+        self.world.deliver_back(letter)
+
+    @rule(index=st.integers(0, 5), forth=st.booleans())
+    def drop(self, index: int, forth: bool) -> None:
+        way = self.world.forth if forth else self.world.back
+        if way:
+            del way[index % len(way)]
+
+    @precondition(lambda self: self.world.written)
+    @rule(slot=st.integers(0, 7))
+    def write_late(self, slot: int) -> None:
+        written = sorted(self.world.written)
+        target = self.world.slot(written[slot % len(written)], 64)
+        target[:] = self.world.random.randbytes(len(target))
+
+    @rule(index=st.integers(0, 5), bit=st.integers(0, 7))
+    def flip_in_flight(self, index: int, bit: int) -> None:
+        letters = [letter for letter in self.world.forth if letter.payload]
+        if letters:
+            letter = letters[index % len(letters)]
+            assert letter.payload is not None
+            letter.payload = letter.payload[:-1] + bytes([letter.payload[-1] ^ (1 << bit)])
+
+    @rule(pick=st.integers(0, 7))
+    def abort(self, pick: int) -> None:
+        life = self.some_life(pick)
+        if life is not None:
+            self.world.abort(life)
+
+    @rule(pick=st.integers(0, 7))
+    def cancel(self, pick: int) -> None:
+        life = self.some_life(pick)
+        if life is not None and life.receiver_outcome is None:
+            self.world.cancel(life)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0]))
+    def wait(self, seconds: float) -> None:
+        try:
+            self.world.advance(seconds)
+        except WireError as error:  # an unanswered abort: only a fence helps, which is the end of the link
+            self.lose(PeerGone(error.message))
+
+    def lose(self, error: PeerGone) -> None:
+        self.world.sender.lose(error)
+        self.world.receiver.lose(error)
+        self.world.collect()
+        self.world.forth.clear()
+        self.world.back.clear()
+
+    @invariant()
+    def nobody_wrote_into_pages_of_others(self) -> None:
+        self.world.check_canaries()
+
+    def teardown(self) -> None:
+        """The faults stop: everything ends within its deadlines, and nothing leaked."""
+        if not hasattr(self, "world"):
+            return
+        for _ in range(64):
+            self.world.settle()
+            self.wait(1.0)
+        self.world.settle()
+        for life in list(self.world.lives.values()):
+            if life.receiver_outcome is None:
+                self.world.cancel(life)
+        self.world.settle()
+        self.world.check_quiet()
+        self.world.check_canaries()
+
+
+TestChaos = Chaos.TestCase
+TestChaos.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
