@@ -60,7 +60,7 @@ lint: install
 	@echo "lint: sizes and settings" && $(BIN)/python tools/report.py
 
 bench: install
-	@$(BIN)/python -m bench
+	@PYTHONPATH=.:tests $(BIN)/python -m bench $(BENCH)
 
 lock: $(BIN)/uv
 	@$(BIN)/python tools/lock.py $(UPGRADE)

@@ -52,7 +52,8 @@ class Report:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         fraction = "" if row.fraction is None else f" = {row.fraction:.2f} of {row.ceiling:.4g} ({row.ceiling_name})"
-        self.console.print(f"  {row.name}: {row.value:.4g} {row.unit}{fraction} {row.verdict} {row.note}", soft_wrap=True)
+        line = f"  {row.name}: {row.value:.4g} {row.unit}{fraction} {row.verdict} {row.note}"
+        self.console.print(line, soft_wrap=True)
 
     def show(self) -> None:
         table = Table(title=self.title)
