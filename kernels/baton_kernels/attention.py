@@ -87,9 +87,9 @@ def plan_attention(page_table: Tensor, cu_q: Sequence[int], kv_lens: Sequence[in
 
 
 def write_kv(k: Tensor, v: Tensor, kv: Tensor, write_pages: Tensor, write_offsets: Tensor) -> None:
-    """Store k, v [T, Hkv, D] of T tokens at (write_pages[t], write_offsets[t]) of one layer's view."""
-    kv[:, 0][write_pages, :, write_offsets] = k
-    kv[:, 1][write_pages, :, write_offsets] = v
+    """Store k, v [T, Hkv, D] of T tokens at (write_pages[t], write_offsets[t]) of one layer's view, in its dtype."""
+    kv[:, 0][write_pages, :, write_offsets] = k.to(kv.dtype)
+    kv[:, 1][write_pages, :, write_offsets] = v.to(kv.dtype)
 
 
 def paged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
@@ -189,7 +189,7 @@ def _attend_fused(q: Tensor, kv: Tensor, row: PlannedRow, scores: Scores, out: T
     heads = kv.shape[2]
     group = query_heads // heads
     start = row.kv_tokens - count
-    keys, values, base = _gather(kv, row, scores.first_visible(start), kv.dtype)
+    keys, values, base = _gather(kv, row, scores.first_visible(start), q.dtype)
     q = q.view(count, heads, group, dim).permute(1, 2, 0, 3)
     out = out.view(count, heads, group, dim).permute(1, 2, 0, 3)
     whole = start == 0 and (scores.window is None or scores.window >= count)
