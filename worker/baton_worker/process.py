@@ -86,6 +86,8 @@ def run(program: Program, argv: Sequence[str], environment: Mapping[str, str]) -
         if settings is None:
             return 0
         logs.set_up(level=settings.worker.log_level, style=settings.worker.log_style)
+        logging.getLogger("grpc").setLevel(logging.WARNING)
+        logging.getLogger("asyncio").setLevel(logging.WARNING)
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
         return asyncio.run(_Process(program, settings).run())
     except ConfigError as error:
@@ -156,6 +158,7 @@ class _Process:
             config=self._settings.worker, clock=self._clock, on_failure=lambda error: self._on_crash(error, {})
         )
         host, port = await service.listen()
+        self._open_metrics(host)
         address = f"{host}:{port}"
         worker_id = self._settings.worker.worker_id or address
         try:
@@ -169,7 +172,7 @@ class _Process:
         await service.serve(
             Parts(engine=house.engine, role=house.role, desk=desk, hello=house.hello, peers=_peers(house.endpoint))
         )
-        self._start_metrics(host, house)
+        self._registry.register(EngineMetrics(house.engine.stats, house.role.handoffs))
         self._serving = True
         log.info("ready", extra={"address": address, "peer": house.hello.peer_address, "worker": worker_id})
         await self._stop.wait()
@@ -223,15 +226,16 @@ class _Process:
         )
         return _House(device=device, engine=engine, endpoint=endpoint, role=role, hello=hello)
 
-    def _start_metrics(self, host: str, house: _House) -> None:
+    def _open_metrics(self, host: str) -> None:
         port = self._settings.worker.metrics_port
         if port == 0:
             return
-        self._registry.register(EngineMetrics(house.engine.stats, house.role.handoffs))
         try:
             start_http_server(port, addr=host, registry=self._registry)
         except OSError:
-            log.error("no metrics: the port is in use; choose another --metrics-port", extra={"port": port})
+            raise ConfigError(
+                f"cannot serve metrics: port {port} is in use; choose another --metrics-port", param="metrics_port"
+            ) from None
 
     def _on_signal(self, number: int) -> None:
         if not self._serving or self._stop.is_set():
