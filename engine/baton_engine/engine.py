@@ -25,7 +25,7 @@ from baton_engine.config import EngineConfig
 from baton_engine.dump import crash_dump
 from baton_engine.exec.device import Device
 from baton_engine.exec.pool import KvPool
-from baton_engine.exec.runner import Runner, StepHandle
+from baton_engine.exec.runner import STEP_TIMEOUT_S, Runner, StepHandle
 from baton_engine.exec.sampler import validate
 from baton_engine.exec.sizing import available_bytes, kv_pages
 from baton_engine.models.loader import LoadedModel
@@ -138,7 +138,7 @@ class Engine:
         fences of the role. Safe to call twice; not from a hook. The device stays open: it is the caller's."""
         self._inbox.put(self._begin_stop)
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(STOP_TIMEOUT_S + STEP_TIMEOUT_S)
 
     def submit(self, request: Request) -> None:
         """Take a request. The answer, a refusal too, comes through the role: on_ended(request, error).

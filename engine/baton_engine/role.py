@@ -58,7 +58,10 @@ class Role(Protocol):
         """PREFILL: pages of the whole prompt; KV of [0, computed_tokens) is in them already (prefix hit)."""
 
     def on_layers(self, plan: StepPlan, layer_begin: int, layer_end: int) -> None:
-        """KV of these layers is in the pool for every token of the plan. Runs on the device thread, in layer order."""
+        """KV of these layers is in the pool for every token of the plan. Runs on the device thread, in layer order.
+
+        Only for steps with work of a PREFILL request; may still name one that release_kv was called for.
+        """
 
     def on_prefill_done(self, request: Request, first: TokenOut) -> None:
         """PREFILL: token #1 exists; the request is in SENDING and keeps its pages until Engine.handoff_done.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 
+import numpy as np
 import pytest
 from support.checkpoints import tiny_checkpoint
 from support.engine_world import RecordingRole, engine_world, make_request, tiny_model
@@ -219,3 +220,42 @@ def test_a_pool_below_one_context_refuses_to_start_with_the_number_to_set(model)
     with pytest.raises(ConfigError, match="set pages to 32"):
         Engine(model, config, device, RecordingRole(), SystemClock(), lambda error, dump: None)
     device.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_aborts_in_a_tight_pool_never_touch_another_request(model, seed):
+    random = np.random.default_rng(seed)
+    heads = [random.integers(3, 320, size).tolist() for size in (16, 40)]
+
+    def requests():
+        return [
+            make_request(
+                [*heads[n % 2], *(3 + (n * k) % 300 for k in range(n % 23))],
+                max_tokens=5 + n * 7 % 40, temperature=float(n % 3 == 0), seed=n,
+            )
+            for n in range(24)
+        ]  # fmt: skip
+
+    with engine_world(model) as calm:
+        expected = calm.run(requests())
+    victims = set(random.choice(24, 10, replace=False).tolist())
+    with engine_world(
+        model, pages=14, context_tokens=200, max_rows=6, step_tokens=int(random.integers(6, 40))
+    ) as world:
+        everyone = requests()
+        for n, request in enumerate(everyone):
+            world.submit(request)
+            if n in victims:
+                patience = int(random.integers(0, 12))
+                world.role.wait(
+                    lambda at=len(world.role.hooks) + patience: (
+                        len(world.role.hooks) >= at or world.engine.stats().empty
+                    )
+                )
+                world.engine.abort(request.request_id, Aborted("random"))
+        world.wait(*everyone)
+        for n, request in enumerate(everyone):
+            output = world.output(request)
+            error = error_of(world, request)
+            assert output == (expected[n] if error is None else expected[n][: len(output)])
+            assert error is None or n in victims
