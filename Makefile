@@ -36,7 +36,8 @@ install: $(VENV)/.stamp $(STUBS)
 
 $(BIN)/uv:
 	@python=$$(tools/find-python $(PYTHON)) && echo "make: virtual environment with $$python" && \
-	"$$python" -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	"$$python" -m venv $(VENV) && awk '/^[^ ]/ { uv = /^uv==/ } uv' constraints.txt > $(VENV)/uv.txt && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/uv.txt
 
 $(VENV)/.stamp: pyproject.toml constraints.txt | $(BIN)/uv
 	@echo "make: installing (the first time about 3 GB, most of it torch)"
