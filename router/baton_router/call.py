@@ -76,7 +76,7 @@ class Call:
         """An output has something new. Called once per token, so it does little."""
         self._dirty[output.index] = output
         self._changed.set()
-        if self._late:
+        if self._late and output.error is None:
             for flight in self._late.pop(output.index, ()):
                 flight.start()
 

@@ -35,6 +35,7 @@ def load_checkpoint(model: str) -> Checkpoint:
     if not model:
         raise ConfigError("router.model is not set; give --model a checkpoint folder or a hub name", param="model")
     folder = resolve_checkpoint(model)
+    given = Path(model).expanduser()
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
@@ -53,7 +54,7 @@ def load_checkpoint(model: str) -> Checkpoint:
     compiled = {name: ChatTemplate(source, special) for name, source in templates.items()}
     default = compiled.get("default")
     return Checkpoint(
-        name=Path(model).name if Path(model).exists() else model,
+        name=given.absolute().name if given.is_dir() else model,
         tokenizer=tokenizer,
         template=default,
         tool_template=compiled.get("tool_use", default),

@@ -22,7 +22,7 @@ from baton_common.errors import BatonError, DeadlineExceeded, Draining, ErrorKin
 from baton_common.hashing import token_bytes
 from baton_proto import worker_pb2 as wire
 from baton_router.fleet import Assignment, Fleet
-from baton_router.links import Leg, Token
+from baton_router.links import Leg, Token, WorkerLost
 from baton_router.metrics import RouterMetrics
 from baton_router.policy import Refusal, WorkerRole
 from baton_router.tokens import Prompt
@@ -210,7 +210,7 @@ class Flight:
             if self._failures >= MAX_FAILURES:
                 self._fail(BatonError(f"gave up after {self._failures} attempts; last: {error}", kind=error.kind))
                 return
-        self._metrics.retried(error.kind.value)
+        self._metrics.retried("lost" if isinstance(error, WorkerLost) else error.kind.value)
         log.warning(
             "retrying after: %s", error, extra={"request": self._order.request_id, "outputs": len(self._outputs)}
         )

@@ -48,6 +48,10 @@ _CHANNEL = [
 ]
 
 
+class WorkerLost(BatonError):
+    """The stream broke under a request; what the worker did with it is unknown."""
+
+
 class LinkState(Enum):
     CONNECTING = "connecting"
     UP = "up"
@@ -249,7 +253,7 @@ class Link:
         self._queued_tokens = 0
         self._outbound.clear()
         for leg in legs:
-            self._tell(leg, leg.events.on_failed, BatonError(f"worker {worker} was lost: {reason}"))
+            self._tell(leg, leg.events.on_failed, WorkerLost(f"worker {worker} was lost: {reason}"))
 
     async def _watch(self) -> None:
         """Liveness. Repeats `on_silent` while it lasts, because a way out may appear later; in the end it hangs up."""

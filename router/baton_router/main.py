@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = resolved.value
         set_up(level=config.log_level, style=config.log_style)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         checkpoint = load_checkpoint(config.model)
         listener = bind(config.listen)
     except ConfigError as error:

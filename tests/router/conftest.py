@@ -12,14 +12,15 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from openai import AsyncOpenAI
+from router.fake_worker import Cluster, FakeWorker
+from support.checkpoints import write_tokenizer
+
 from baton_proto import worker_pb2 as wire
 from baton_router.api.app import create_app
 from baton_router.checkpoint import Checkpoint, load_checkpoint
 from baton_router.config import RouterConfig
 from baton_router.service import Router
-from openai import AsyncOpenAI
-from router.fake_worker import Cluster, FakeWorker
-from support.checkpoints import write_tokenizer
 
 CONTEXT_TOKENS = 512
 MODEL = "tiny"
@@ -80,7 +81,9 @@ class House:
         router = self.router = Router(self.config, self.checkpoint)
         router.start()
         if addresses is None:
-            await eventually(lambda: all(link.hello and link.load.total_pages for link in router.fleet.links), "links up")
+            await eventually(
+                lambda: all(link.hello and link.load.total_pages for link in router.fleet.links), "links up"
+            )
         return router
 
     async def serve(self, addresses: list[str] | None = None, **settings: object) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+
 from baton_common.hashing import token_bytes, tokens_from_bytes
 from baton_proto import common_pb2
 from baton_proto import worker_pb2 as wire
@@ -260,7 +261,9 @@ class FakeWorker(rpc.WorkerServicer):
         message.token_ids.append(token_id)
         if sampling.logprobs:
             top = range(token_id, token_id + sampling.top_logprobs)
-            logprobs = common_pb2.TokenLogprobs(logprob=-0.5, top_ids=top, top_logprobs=[-0.5 - i for i in range(len(top))])
+            logprobs = common_pb2.TokenLogprobs(
+                logprob=-0.5, top_ids=top, top_logprobs=[-0.5 - i for i in range(len(top))]
+            )
             message.logprobs.append(wire.EntryLogprobs(entry=entry, logprobs=logprobs))
         if item.produced == 0:
             message.cached.append(wire.CachedTokens(entry=entry, cached_tokens=self.cached_tokens))

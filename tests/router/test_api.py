@@ -8,10 +8,11 @@ import json
 import httpx
 import openai
 import pytest
-from baton_proto import worker_pb2 as wire
-from baton_router.detokenise import Vocabulary
 from router.conftest import CONTEXT_TOKENS, MODEL, House, eventually
 from router.fake_worker import expected, fault
+
+from baton_proto import worker_pb2 as wire
+from baton_router.detokenise import Vocabulary
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from baton_router.detokenise import REPLACEMENT, Family, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from baton_router.detokenise import REPLACEMENT, Family, Vocabulary
 
 WORDS = ["a", "b", "he", "llo", "wor", "ld", "é", "日", "😀", "\ufffd", "<", ">", "x y"]
 

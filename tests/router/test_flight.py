@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from router.conftest import House, eventually
+from router.fake_worker import FakeWorker, expected, fault
+
 from baton_common.errors import BatonError, DeadlineExceeded, ErrorKind, Overloaded
 from baton_common.hashing import HASH_BYTES, page_hashes, token_bytes, tokens_from_bytes
 from baton_common.ids import PageHash
@@ -14,8 +17,6 @@ from baton_proto import worker_pb2 as wire
 from baton_router.flight import MAX_FAILURES, Flight, NoWorker, Order
 from baton_router.links import SUSPECT_S, Token
 from baton_router.tokens import Prompt
-from router.conftest import House, eventually
-from router.fake_worker import FakeWorker, expected, fault
 
 PROMPT = list(range(100, 150))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,8 +14,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import openai
 import pytest
+from router.fake_worker import Cluster, FakeWorker
+
 from baton_common.errors import ConfigError
+from baton_proto import worker_pb2 as wire
 from baton_router.checkpoint import load_checkpoint
 from baton_router.config import RouterConfig, split_address
 from baton_router.main import bind, main
@@ -120,3 +125,33 @@ def test_the_process_serves_and_stops_with_zero_on_sigterm(folder: Path) -> None
         process.kill()
         _, log = process.communicate()
     assert "Traceback" not in log
+
+
+@pytest.mark.process
+async def test_sigterm_lets_an_open_stream_finish(folder: Path) -> None:
+    worker = await FakeWorker(wire.ROLE_COLOCATED, Cluster(), tick_s=0.02).start()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "baton_router", "--model", str(folder), "--listen", f"127.0.0.1:{port}",
+        "--workers", worker.address, "--worker-wait-s", "20", "--served-name", "m", stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    stream = await client.completions.create(model="m", prompt=[100], max_tokens=40, stream=True)
+                    break
+                except openai.APIConnectionError:
+                    await asyncio.sleep(0.1)
+            first = await anext(stream)
+            process.send_signal(signal.SIGTERM)
+            rest = [chunk async for chunk in stream]
+            assert first.choices[0].finish_reason is None
+            assert rest[-1].choices[0].finish_reason == "length"
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await worker.stop()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from baton_router.stops import StopFilter
 from hypothesis import given
 from hypothesis import strategies as st
+
+from baton_router.stops import StopFilter
 
 LETTERS = st.text(alphabet="ab\n", max_size=6)
 

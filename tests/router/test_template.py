@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+
 from baton_common.errors import ConfigError, InvalidRequest
 from baton_router.template import ChatTemplate
 
@@ -23,7 +24,9 @@ TEMPLATES = {
         "    [S]{{ message.content | trim }}\n  {% else %}\n[{{ message.role }}]{{ message.content }}{{ eos_token }}\n"
         "  {% endif %}\n{% endfor %}\n{% if add_generation_prompt %}\n[assistant]\n{% endif %}\n"
     ),
-    "tools": "{% if tools %}{{ tools | tojson }}\n{{ tools[0] | tojson(indent=2) }}{% endif %}{{ messages[-1].content }}",
+    "tools": (
+        "{% if tools %}{{ tools | tojson }}\n{{ tools[0] | tojson(indent=2) }}{% endif %}{{ messages[-1].content }}"
+    ),
     "loops": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}"
         "{% set ns.n = ns.n + 1 %}{{ loop.index0 }}{{ m.content }}{% if ns.n == 2 %}{% break %}{% endif %}{% endfor %}"

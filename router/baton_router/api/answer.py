@@ -89,11 +89,15 @@ class Answer(Response):
             news = await call.changed()
             if call.client_left:
                 return 499
-            chunk = b"".join([writer.events(output) for output in news])
-            if call.error is not None:
-                return await self._broken(call.error, send, chunk)
-            if call.ended:
-                break
+            chunk, some_ended = b"", False
+            for output in news:
+                chunk += writer.events(output)
+                some_ended = some_ended or output.ended
+            if some_ended:
+                if call.error is not None:
+                    return await self._broken(call.error, send, chunk)
+                if call.ended:
+                    break
             if chunk:
                 if not self._begun:
                     await self._begin(send, _STREAM_HEADERS)
