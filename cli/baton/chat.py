@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 
 from rich.console import Console
 
@@ -47,6 +48,8 @@ class Chat:
         """Read questions until the end of input."""
         interactive = sys.stdin.isatty()
         if interactive:
+            with suppress(ImportError):    # line editing and history in `input`, where this Python has them
+                importlib.import_module("readline")
             self._console.print(f"{self._model}: {_HELP}", style="dim", markup=False, highlight=False)
         while True:
             try:
