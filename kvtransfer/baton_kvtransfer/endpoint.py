@@ -134,11 +134,22 @@ class KvEndpoint:
         Raises ValueError when the range does not fit the pages, Aborted when this endpoint is closed.
         """
         self._check(outbound.pages, outbound.first_token, outbound.end_token)
-        while True:
-            link = self._link_to(outbound.peer_address, outbound.peer_incarnation)
+        key = (outbound.peer_address, outbound.peer_incarnation)
+        with self._lock:
+            if self._closed:
+                raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
+            link = self._out.get(key)
+            if link is not None:
+                transfer = Transfer(outbound, link.tell, self._local.clock)
+                if link.open(transfer):
+                    return transfer
+            link = OutLink(address=key[0], incarnation=key[1], local=self._local, ended=self._ended)
             transfer = Transfer(outbound, link.tell, self._local.clock)
-            if link.open(transfer):
-                return transfer
+            link.open(transfer)  # before the thread starts: it may be over before we could say anything
+            self._out[key] = link
+            self._links.add(link)
+            link.start()
+            return transfer
 
     def peers(self) -> list[PeerInfo]:
         """Snapshot of all links, refused and lost ones included until they are replaced."""
@@ -155,18 +166,6 @@ class KvEndpoint:
         touched = pages[first_token // size : -(-end_token // size)]
         if touched and not (min(touched) >= 0 and max(touched) < self._pages):
             raise ValueError(f"a page id is outside the pool of {self._pages} pages")
-
-    def _link_to(self, address: str, incarnation: str) -> OutLink:
-        with self._lock:
-            if self._closed:
-                raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
-            link = self._out.get((address, incarnation))
-            if link is None or link.over:
-                link = OutLink(address=address, incarnation=incarnation, local=self._local, ended=self._ended)
-                self._out[address, incarnation] = link
-                self._links.add(link)
-                link.start()
-            return link
 
     def _accepted(self, channel: Channel) -> None:
         with self._lock:

@@ -101,11 +101,6 @@ class Link(ABC):
             transfers=self._in_flight(),
         )
 
-    @property
-    def over(self) -> bool:
-        """No command will run any more."""
-        return self._closed
-
     def post(self, command: Callable[[], None]) -> bool:
         """From any thread. False: the link is over, the command will not run."""
         with self._lock:

@@ -58,7 +58,7 @@ class Life:
 class PureLink:
     """One sender, one receiver. `remote_memory`: slots are written in place, as shm and RDMA do."""
 
-    def __init__(self, *, seed: int, remote_memory: bool, slots: int = 3, pages: int = 12) -> None:
+    def __init__(self, *, seed: int, remote_memory: bool, slots: int = 3, pages: int = 20) -> None:
         self.random = Random(seed)
         self.clock = ManualClock(100.0)
         self.remote_memory = remote_memory
