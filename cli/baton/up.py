@@ -85,6 +85,10 @@ def detached(
     lines = Lines(console, hint=hint)
     if folder.is_running():
         console.print(f"baton: service {folder.name!r} is running already", markup=False, highlight=False)
+        state = folder.read()
+        if state is not None and state.phase is Phase.READY:
+            lines.ready(state)
+            return 0
         return _follow(folder, lines, None, ready_timeout_s)
     deployment(options)    # downloads, and most mistakes, happen here, where somebody sees them
     folder.logs.mkdir(parents=True, exist_ok=True)

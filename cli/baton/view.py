@@ -72,12 +72,16 @@ class Lines:
 
     def _phase(self, state: ServiceState) -> None:
         if state.phase is Phase.READY:
-            self._print(f"ready: {state.url}")
-            self._console.print(f"\n  {example(state)}\n{self._hint}", markup=False, highlight=False, soft_wrap=True)
+            self.ready(state)
         elif state.note:
             self._print(f"{state.phase.value}: {shorten(state.note, _NOTE_CHARS, placeholder=' …')}")
         elif state.phase is not Phase.STARTING:
             self._print(state.phase.value)
+
+    def ready(self, state: ServiceState) -> None:
+        """Where it is, and what to type."""
+        self._print(f"ready: {state.url}")
+        self._console.print(f"\n  {example(state)}\n{self._hint}", markup=False, highlight=False, soft_wrap=True)
 
     def _print(self, text: str) -> None:
         self._console.print(f"baton: {text}", markup=False, highlight=False, soft_wrap=True)
