@@ -155,6 +155,23 @@ def test_short_requests_overtake_a_long_prefill() -> None:
         assert world.requests[RequestId(f"short{index}")].stamps[Phase.FREED] < long.stamps[Phase.RUNNING]
 
 
+def test_of_two_prompts_that_arrived_together_the_short_one_goes_first() -> None:
+    world = World(make_config(step_tokens=8))
+    world.submit(make_request("long", ids(5, 40)))
+    world.submit(make_request("short", ids(6, 6)))
+    plan = world.plan()
+    assert plan is not None
+    assert [(item.request_id, item.count) for item in plan.work] == [("short", 4), ("long", 4)]
+
+
+def test_no_more_prompts_are_started_than_can_advance_by_a_page_each_step() -> None:
+    world = World(make_config(step_tokens=8, rows=8))
+    for name in "abcd":
+        world.submit(make_request(name, ids(ord(name), 6)))
+    world.plan()
+    assert world.in_phase(Phase.PREFILLING) == ["a", "b"]
+
+
 def test_a_long_prefill_finishes_under_a_steady_stream_of_short_ones() -> None:
     world = World(make_config(step_tokens=16, total_pages=64, context_tokens=200))
     long = make_request("long", ids(5, 80), max_tokens=1)

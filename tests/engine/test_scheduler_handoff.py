@@ -182,6 +182,64 @@ def test_a_reservation_without_room_is_refused_at_once() -> None:
     world.check_end()
 
 
+def test_no_reservation_overtakes_a_request_that_waited_too_long_for_pages() -> None:
+    world = World(make_config(total_pages=12, patience_s=1.0))
+    world.submit(make_request("a", ids(6, 14), sampling=SamplingParams(max_tokens=30, ignore_eos=True)))
+    world.iterate(seconds=2.0)
+    world.submit(make_request("big", ids(7, 36), max_tokens=2))
+    world.iterate(seconds=2.0)
+    world.iterate()
+    world.submit(reserve(ids(5, 4)))
+    error = world.ended[R]
+    assert error is not None
+    assert error.kind is ErrorKind.OVERLOADED
+    world.bring_home()
+    world.check_end()
+
+
+def test_the_first_token_made_here_says_how_much_was_cached_here() -> None:
+    world = World(make_config())
+    world.submit(make_request("before", ids(5, 16), max_tokens=1))
+    world.settle()
+    world.submit(reserve(ids(5, 16), max_tokens=3))
+    world.receive(R)
+    world.bring_home()
+    assert [token.cached_tokens for token in world.outputs[R]] == [None, 12, None]
+
+
+def test_a_ready_request_waits_for_pages_while_others_compute_and_takes_none_of_theirs() -> None:
+    world = World(make_config(total_pages=6, rows=3, step_tokens=32))
+    world.submit(reserve(ids(5, 8)))
+    world.submit(make_request("b", ids(6, 6), sampling=SamplingParams(max_tokens=11, ignore_eos=True)))
+    for _ in range(8):
+        world.iterate()
+    assert world.scheduler.load().free_pages == 0
+    world.receive(R)
+    plan = world.iterate()
+    assert plan is not None
+    assert [item.request_id for item in plan.work] == ["b"]
+    assert not world.preempted
+    world.bring_home()
+    world.check_end()
+
+
+def test_an_abort_between_a_release_and_its_answer_waits_for_the_fence() -> None:
+    world = World(make_config(total_pages=8), slow_release=True)
+    for name in "ab":
+        sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+        world.submit(make_request(name, ids(ord(name), 5), sampling=sampling))
+    world.submit(reserve(ids(5, 5), max_tokens=24))
+    world.receive(R)
+    while R not in world.preempted:
+        world.iterate()
+    assert world.preempted == ["r"], "two wanted a page, its pages are enough for both"
+    world.abort(R)
+    assert world.requests[R].phase is Phase.ABORTING
+    world.check()
+    world.bring_home()
+    world.check_end()
+
+
 def test_a_ready_request_waits_for_a_row_and_keeps_its_pages() -> None:
     world = World(make_config(rows=1))
     world.submit(make_request("a", ids(6, 6), sampling=SamplingParams(max_tokens=6, ignore_eos=True)))

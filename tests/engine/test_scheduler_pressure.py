@@ -76,6 +76,29 @@ def test_nobody_is_preempted_more_often_than_allowed_and_all_finish() -> None:
     assert world.scheduler.load().preemptions == len(world.preempted)
 
 
+def test_who_used_up_its_preemptions_is_spared_although_it_is_the_newest() -> None:
+    world = World(make_config(total_pages=20, rows=8, preemption_limit=1))
+    growing(world, "a", prompt=7, outputs=20)
+    growing(world, "b", prompt=3, outputs=36)
+    for _ in range(4):
+        world.iterate()
+    growing(world, "c", prompt=11, outputs=12)
+    growing(world, "d", prompt=7, outputs=36)
+    world.settle()
+    world.check_end()
+    assert world.preempted == ["d", "b"]
+
+
+def test_admission_leaves_a_page_for_each_that_decodes() -> None:
+    world = World(make_config(total_pages=8))
+    growing(world, "a", prompt=7)
+    world.iterate()
+    world.submit(make_request("b", ids(6, 24)))
+    world.iterate()
+    assert world.requests[RequestId("b")].phase is Phase.QUEUED
+    assert world.scheduler.load().free_pages == 6, "enough for the prompt, not for what follows"
+
+
 def test_without_preemption_everybody_gets_all_pages_at_admission() -> None:
     world = World(make_config(total_pages=14, rows=8, preemption_limit=0))
     growing(world, "abcd", prompt=5, outputs=30)
@@ -86,9 +109,8 @@ def test_without_preemption_everybody_gets_all_pages_at_admission() -> None:
 
 
 def test_a_request_whose_end_is_known_is_waited_for_and_not_preempted() -> None:
-    world = World(make_config(total_pages=5, rows=2, step_tokens=32))
-    world.submit(make_request("old", ids(5, 8), sampling=endless(12)))
-    world.submit(make_request("new", ids(6, 7), sampling=endless(2)))
+    world = World(make_config(total_pages=10))
+    growing(world, "abc", prompt=7, outputs=8)
     world.settle()
     world.check_end()
     assert not world.preempted
@@ -98,11 +120,14 @@ def test_the_token_in_flight_of_a_preempted_request_is_not_lost() -> None:
     world = World(make_config(total_pages=12))
     growing(world, "abc", outputs=20)
     while not world.preempted:
-        world.iterate()
+        world.collect()
+        world.plan()
+        world.plan()
     name = world.preempted[0]
-    assert world.requests[name].phase in (Phase.PREEMPTED, Phase.QUEUED)
     before = len(world.outputs[name])
     in_flight = sum(item.request_id == name for step in world.launched for item in step.plan.work if item.sample)
+    assert in_flight
+    assert world.requests[name].phase is Phase.PREEMPTED
     while world.launched:
         world.collect()
     assert len(world.outputs[name]) == before + in_flight
@@ -134,6 +159,21 @@ def test_handoffs_in_progress_are_never_preempted() -> None:
     world.check_end()
     assert world.preempted
     assert not {"sent", "held"} & set(world.preempted)
+
+
+def test_a_prompt_that_is_computed_for_a_handover_is_not_preempted() -> None:
+    world = World(make_config(total_pages=21, rows=4, step_tokens=6))
+    growing(world, "ab", outputs=24)
+    for _ in range(12):
+        world.iterate()
+    sent = make_request("sent", ids(5, 36), mode=Mode.PREFILL)
+    world.submit(sent)
+    for _ in range(8):
+        world.iterate()
+    assert sent.phase is Phase.PREFILLING
+    assert world.preempted == ["b"]
+    world.bring_home()
+    world.check_end()
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queued=st.sampled_from([2, 50]),
         patience_s=st.sampled_from([0.0, 0.05, 100.0]),
         scan_limit=st.sampled_from([1, 100]),
+        slow_release=st.booleans(),
     )
-    def start(self, **numbers: float) -> None:
-        self.world = World(make_config(**numbers))
+    def start(self, slow_release: bool, **numbers: float) -> None:
+        self.world = World(make_config(**numbers), slow_release=slow_release)
 
     @rule(
         mode=st.sampled_from([Mode.LOCAL, Mode.LOCAL, Mode.PREFILL, Mode.RESERVE]),
@@ -131,6 +132,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def hand_off(self, pick: int, ok: bool) -> None:
         if (name := self.one_in(pick, Phase.SENDING)) is not None:
             self.world.hand_off(name, ok=ok)
+
+    @rule(pick=st.integers(0, 99))
+    def the_role_answers(self, pick: int) -> None:
+        if names := self.world.unanswered:
+            self.world.answer_release(names[pick % len(names)])
 
     @rule(pick=st.integers(0, 99))
     def last_gather_or_scatter_ends(self, pick: int) -> None:

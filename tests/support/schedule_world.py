@@ -132,8 +132,10 @@ class Handoff:
 
 
 class World:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, *, slow_release: bool = False) -> None:
         self.config = config
+        self.slow_release = slow_release  # the answer to a KvRelease takes its time
+        self.unanswered: list[RequestId] = []
         self.clock = ManualClock(1.0)
         self.scheduler = Scheduler(config)
         self.kv: dict[tuple[PageId, int], int] = {}
@@ -252,11 +254,23 @@ class World:
                 self.kv[self._slot(handoff.pages, position)] = GARBAGE
         handoff.fence.up = True
 
+    def answer_release(self, name: RequestId) -> None:
+        self._answer(name)
+        self.deliver()
+
+    def _answer(self, name: RequestId) -> None:
+        self.unanswered.remove(name)
+        fence = self.handoffs[name].fence
+        assert fence is not None
+        self.scheduler.kv_released(name, fence, self.clock.now())
+
     def in_phase(self, *phases: Phase) -> list[RequestId]:
         return [name for name, request in self.requests.items() if request.phase in phases]
 
     def fences(self) -> list[RequestId]:
-        return [name for name, handoff in self.handoffs.items() if handoff.fence is not None]
+        """Transfers that were told to stop, and may still gather or scatter."""
+        asked = [name for name, handoff in self.handoffs.items() if handoff.fence is not None]
+        return [name for name in asked if name not in self.unanswered]
 
     # ---- outcomes -------------------------------------------------------------------------------------------------
     def deliver(self) -> None:
@@ -291,7 +305,9 @@ class World:
                 handoff = self.handoffs[request.request_id]
                 assert handoff.fence is None, "released twice"
                 handoff.fence = Flag()
-                self.scheduler.kv_released(request.request_id, handoff.fence, self.clock.now())
+                self.unanswered.append(request.request_id)
+                if not self.slow_release:
+                    self._answer(request.request_id)
             case records.KvEvents(stored=stored, removed=removed):
                 assert not set(stored) & set(removed)
                 assert not set(stored) & self.mirror
@@ -395,6 +411,8 @@ class World:
                 self.receive(name)
             for name in self.in_phase(Phase.SENDING):
                 self.hand_off(name)
+            for name in list(self.unanswered):
+                self.answer_release(name)
             for name in self.fences():
                 self.finish_fence(name)
             if len(self.ended) == len(self.requests):

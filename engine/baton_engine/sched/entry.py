@@ -14,7 +14,7 @@ from baton_common.errors import BatonError
 from baton_common.hashing import extend_chain
 from baton_common.ids import PageHash, RowId
 from baton_engine.kv.cache import Lease
-from baton_engine.request import Mode, Phase, Request
+from baton_engine.request import Phase, Request
 from baton_engine.role import Fence
 
 OVER = frozenset({Phase.FINISHED, Phase.HANDED_OFF, Phase.ABORTING, Phase.FENCING, Phase.FREED})
@@ -79,13 +79,9 @@ class Entry:
         return len(self.request.tokens) + self.pending
 
     def ends_by_itself(self, context_tokens: int) -> bool:
-        """No token will follow those in flight: known on the host without seeing them."""
+        """No decode follows the tokens in flight: known on the host without seeing them."""
         request = self.request
-        return (
-            request.mode is Mode.PREFILL
-            or request.output_tokens + self.pending >= request.sampling.max_tokens
-            or self.length >= context_tokens
-        )
+        return request.output_tokens + self.pending >= request.sampling.max_tokens or self.length >= context_tokens
 
     def hash_pages(self, tokens: int, page_tokens: int) -> list[PageHash]:
         """Chained hashes of the full pages in the first `tokens` tokens; each is computed once."""

@@ -63,7 +63,6 @@ class Lifecycle:
         return len(self._rows)
 
     def take_row(self, entry: Entry) -> None:
-        self._yielding.pop(entry.request.request_id, None)
         entry.row = RowId(heapq.heappop(self._rows))
         entry.row_told = False
         entry.table_told = 0
@@ -190,7 +189,6 @@ class Lifecycle:
         if entry.lease is not None:
             self.cache.release(entry.lease, entry.fences)
             entry.lease = None
-        entry.planned = entry.written = entry.goal = 0
 
     def _fence(self, entry: Entry, now_s: float) -> None:
         self._let_go(entry)

@@ -111,9 +111,7 @@ class Planner:
             entry
             for queue in (life.decoding, life.prefilling, life.ready)
             for entry in queue
-            if entry.request.mode is not Mode.PREFILL
-            and entry.request.preemptions < limit
-            and not entry.ends_by_itself(self._context_tokens)
+            if entry.request.mode is not Mode.PREFILL and entry.request.preemptions < limit
         ]
         return max(candidates, key=lambda entry: entry.order, default=needy)
 
@@ -149,7 +147,6 @@ class Planner:
     def _start_prefill(self, entry: Entry, match: Match, pages: int, now_s: float) -> None:
         life, request = self._life, entry.request
         entry.lease = life.cache.lease(request.request_id, match, pages)
-        entry.fences = [fence for fence in entry.fences if not fence.done()]  # of the time before a preemption
         entry.goal = len(request.tokens)
         entry.planned = entry.written = len(match.pages) * self._config.page_tokens
         if not request.preemptions:
