@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CANDIDATES = 1024  # top-p is decided among so many best tokens; rows that need more are sorted whole
+CANDIDATES = 1024  # tokens that truncation looks at first; rows that need more are sorted whole
 _GOLDEN = -0x61C88647  # 0x9E3779B9 as int32
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
@@ -61,79 +61,104 @@ def mix_(x: Tensor) -> Tensor:
 def noise_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Two int32[rows] keys from int64 seeds (all 64 bits count) and output positions.
 
-    s0 = mix(low ^ 0x9e3779b9); s1 = mix(high ^ s0); k0 = mix(position ^ s0); k1 = mix(k0 + s1), all modulo 2**32.
+    s0 = mix(low ^ 0x9e3779b9); s1 = mix(high ^ s0); k0 = mix(position ^ s1); k1 = mix(k0 + s0), all modulo 2**32.
     """
     low = (seeds & 0xFFFFFFFF).to(torch.int32)
     high = (seeds >> 32).to(torch.int32)
     s0 = mix_(low ^ _GOLDEN)
     s1 = mix_(high ^ s0)
-    k0 = mix_(positions.to(torch.int32) ^ s0)
-    return k0, mix_(k0 + s1)
+    k0 = mix_(positions.to(torch.int32) ^ s1)
+    return k0, mix_(k0 + s0)
 
 
 def noise_bits(k0: Tensor, k1: Tensor, ids: Tensor) -> Tensor:
-    """mix(mix(id + k0) ^ k1), int32, of broadcastable keys and vocabulary indices."""
-    bits = mix_(ids.to(torch.int32) + k0)
-    bits ^= k1
-    return mix_(bits)
+    """mix(id * 0x9e3779b9 + k0) ^ k1, int32 modulo 2**32, of broadcastable keys and vocabulary indices."""
+    bits = ids.to(torch.int32) * _GOLDEN + k0
+    return mix_(bits).bitwise_xor_(k1)
 
 
-def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise from hash bits, float32, always finite.
+def race_(bits: Tensor) -> Tensor:
+    """Logarithm of standard exponential variates from hash bits, float32, always finite: minus Gumbel noise.
 
-    u = (float(bits & 0x7fffffff) + 0.5) * 2**-31, at most 1 - 2**-24; noise = -log(-log1p(-u)). The winner of a draw
-    has a small u, and small floats are dense: that keeps ties rare in large vocabularies.
+    u = float(bits & 0x7fffffff) * 2**-31, kept in [2**-32, 1 - 2**-24]; the value is log(-log1p(-u)). The winner of a
+    draw has a small u, and small floats are dense: that keeps ties rare in large vocabularies.
     """
-    u = (bits & 0x7FFFFFFF).to(torch.float32)
-    u.add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    u = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(-(2.0**-31))
+    return u.clamp_(2.0**-24 - 1.0, -(2.0**-32)).log1p_().neg_().log_()
 
 
-def scale_(logits: Tensor, temperature: Tensor) -> Tensor:
-    """(logits - row maximum) / temperature, in place: the best token is at 0, so no temperature overflows."""
-    logits -= logits.amax(-1, keepdim=True)
-    logits /= temperature[:, None]
-    return logits
+def draw(logits: Tensor, temperature: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
+    """One token per row with probability softmax(logits / temperature), by the Gumbel-max trick: int64[rows].
+
+    Temperatures are float32[rows] > 0; distances to the best token are scaled, so none of them overflows.
+    """
+    ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature[:, None])
+    return argmax(scaled.sub_(race_(noise_bits(k0[:, None], k1[:, None], ids))))
 
 
-def thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, width: int = CANDIDATES) -> Tensor:
-    """Smallest kept value per row of `scaled` (from `scale_`): float32[rows], -inf = all.
+def draw_truncated(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    k0: Tensor,
+    k1: Tensor,
+    *,
+    width: int = CANDIDATES,
+    whole_mass: bool = True,
+) -> Tensor:
+    """`draw` among the tokens that `truncate` keeps, with the same noise; the parameters are explained there.
+
+    Rows for which `width` was too little cost a sort of the whole row and, on a GPU, a wait for the device.
+    """
+    scaled, ids, short = truncate(logits, temperature, top_k, top_p, min_p, width=width, whole_mass=whole_mass)
+    best = argmax(scaled.sub_(race_(noise_bits(k0[:, None], k1[:, None], ids))))
+    tokens = ids.gather(-1, best[:, None]).squeeze(-1)
+    if width < logits.shape[-1] and bool(short.any()):
+        rows = short.nonzero().squeeze(-1)
+        own = (part[rows] for part in (logits, temperature, top_k, top_p, min_p, k0, k1))
+        tokens[rows] = draw_truncated(*own, width=logits.shape[-1])
+    return tokens
+
+
+def truncate(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    *,
+    width: int,
+    whole_mass: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `width` best tokens of each row: scaled logits (-inf where dropped) and ids, [rows, width], and `short`.
 
     top_k: int64[rows], 0 = off; top_p: 1 = off, of the mass that top-k left; min_p: of the best token's probability.
-    `width` is how many best tokens are looked at; rows that need more cost a sort of the whole row and a host sync.
+    short: bool[rows], true where tokens outside of these might be kept too: the row has to be looked at whole.
+    whole_mass: false promises that every row with a top-p has a top-k below `width`, which saves a pass.
     """
-    vocab = scaled.shape[-1]
+    vocab = logits.shape[-1]
     width = min(width, vocab)
-    values = scaled.topk(width, dim=-1).values if width < vocab else scaled.sort(dim=-1, descending=True).values
+    values, ids = logits.topk(width, dim=-1) if width < vocab else logits.sort(dim=-1, descending=True)
+    top, scale = values[:, :1].clone(), temperature[:, None]
+    scaled = (values - top).div_(scale)
     limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
-    inside = torch.arange(width, device=scaled.device) < limit[:, None]
-    mass = torch.where(inside, values.exp(), 0.0)
-    total = torch.where(limit <= width, mass.sum(-1), scaled.logsumexp(-1).exp())
+    inside = torch.arange(width, device=logits.device) < limit[:, None]
+    mass = torch.where(inside, scaled.exp(), 0.0)
+    total = mass.sum(-1)
+    if whole_mass and width < vocab:
+        total = torch.where(limit <= width, total, (logits - top).div_(scale).exp_().sum(-1))
     before = mass.cumsum(-1) - mass
     keep = inside & ((before < (top_p * total)[:, None]) | (top_p >= 1.0)[:, None])
     keep[:, 0] = True
-    lowest = values.gather(-1, keep.sum(-1, keepdim=True) - 1).squeeze(-1)
-    lowest.masked_fill_((limit >= vocab) & (top_p >= 1.0), float("-inf"))
-    short = keep[:, -1] & (limit > width) & (top_p < 1.0) | (limit > width) & (limit < vocab)
-    if width < vocab and bool(short.any()):
-        rows = short.nonzero().squeeze(-1)
-        whole = thresholds(scaled[rows], top_k[rows], top_p[rows], min_p.new_zeros(len(rows)), width=vocab)
-        lowest[rows] = whole
-    return torch.maximum(lowest, min_p.log())
-
-
-def draw(scaled: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-    """One token per row with probability softmax(scaled), by the Gumbel-max trick: int64[rows]."""
-    ids = torch.arange(scaled.shape[-1], dtype=torch.int32, device=scaled.device)
-    return argmax(gumbel(noise_bits(k0[:, None], k1[:, None], ids)).add_(scaled))
-
-
-def draw_truncated(scaled: Tensor, lowest: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-    """`draw` among the tokens with scaled >= lowest; only those get noise, the same noise as in `draw`."""
-    rows, ids = (scaled >= lowest[:, None]).nonzero(as_tuple=True)
-    scores = torch.full_like(scaled, float("-inf"))
-    scores[rows, ids] = gumbel(noise_bits(k0[rows], k1[rows], ids)).add_(scaled[rows, ids])
-    return argmax(scores)
+    lowest = scaled.gather(-1, keep.sum(-1, keepdim=True) - 1)
+    # Where neither top-k nor top-p cut anything off, the last one looked at is no border.
+    lowest.masked_fill_(((limit >= vocab) & (top_p >= 1.0))[:, None], float("-inf"))
+    lowest = torch.maximum(lowest, min_p.log()[:, None])
+    short = (scaled[:, -1] >= lowest[:, 0]) | ((limit > width) & (limit < vocab))
+    return scaled.masked_fill_(scaled < lowest, float("-inf")), ids, short
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,8 +58,10 @@ def test_different_seeds_give_different_texts_and_low_temperature_the_greedy_one
     assert cold == [reference.generate(PROMPT, 16)]
 
 
-def test_a_sampled_request_that_moved_goes_on_as_if_it_had_stayed(model):
-    options = {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.7, "max_tokens": 20}
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalised_request_that_moved_goes_on_as_if_it_had_stayed(model, temperature):
+    options = {"temperature": temperature, "seed": 5, "frequency_penalty": 2.0, "presence_penalty": 2.0}
+    options["max_tokens"] = 40
     with engine_world(model) as world:
         (whole,) = world.run([make_request(PROMPT, **options)])
         (rest,) = world.run([make_request(PROMPT, outputs=whole[:9], **options)])

@@ -33,9 +33,9 @@ def bits(seed, position, token):
     low, high = seed & MASK, seed >> 32 & MASK
     s0 = mix(low ^ 0x9E3779B9)
     s1 = mix(high ^ s0)
-    k0 = mix(position ^ s0)
-    k1 = mix(k0 + s1 & MASK)
-    return mix(mix(token + k0 & MASK) ^ k1)
+    k0 = mix(position ^ s1)
+    k1 = mix(k0 + s0 & MASK)
+    return mix(token * 0x9E3779B9 + k0 & MASK) ^ k1
 
 
 def logits_of(rows, vocab, seed, scale=3.0):
@@ -56,10 +56,10 @@ def test_the_noise_is_the_written_hash_bit_for_bit(seed, position, ids):
 
 def test_noise_is_finite_for_all_extreme_bits():
     extremes = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
-    noise = sampler.gumbel(extremes)
+    noise = sampler.race_(extremes)
     assert torch.isfinite(noise).all()
-    assert noise.max() < 23
-    assert noise.min() > -3
+    assert noise.min() > -23
+    assert noise.max() < 3
 
 
 def chi_square_bound(freedom):
@@ -74,7 +74,7 @@ def test_draws_follow_the_softmax(vary):
     count = torch.arange(draws)
     seeds = {"position": torch.full((draws,), 7), "seed": count, "high bits of the seed": count << 32}[vary]
     positions = count if vary == "position" else torch.zeros_like(count)
-    tokens = sampler.draw(row.expand(draws, vocab), *sampler.noise_keys(seeds, positions))
+    tokens = sampler.draw(row.expand(draws, vocab), torch.ones(draws), *sampler.noise_keys(seeds, positions))
     expected = torch.softmax(row[0], -1) * draws
     seen = torch.bincount(tokens, minlength=vocab)
     assert ((seen - expected) ** 2 / expected).sum() < chi_square_bound(vocab - 1)
@@ -83,7 +83,7 @@ def test_draws_follow_the_softmax(vary):
 def test_neighbouring_positions_are_independent():
     draws, vocab = 20_000, 6
     row = logits_of(1, vocab, 2, scale=0.7)
-    tokens = sampler.draw(row.expand(draws, vocab), *keys([3] * draws, list(range(draws))))
+    tokens = sampler.draw(row.expand(draws, vocab), torch.ones(draws), *keys([3] * draws, list(range(draws))))
     pairs = torch.bincount(tokens[:-1] * vocab + tokens[1:], minlength=vocab * vocab).double()
     p = torch.softmax(row[0].double(), -1)
     expected = torch.outer(p, p).flatten() * (draws - 1)
@@ -126,6 +126,13 @@ def hugging_face_kept(row, temperature, top_k, top_p, min_p):
     return torch.isfinite(scores)
 
 
+def kept(logits, temperature, top_k, top_p, min_p, width):
+    """bool like logits, and which rows say that `width` was too little."""
+    scaled, ids, short = sampler.truncate(logits, temperature, top_k, top_p, min_p, width=width)
+    mask = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, ids, scaled > float("-inf"))
+    return mask, short
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
@@ -135,53 +142,78 @@ def hugging_face_kept(row, temperature, top_k, top_p, min_p):
     st.sampled_from([0.0, 0.02, 0.5, 1.0]),
     st.sampled_from([1, 8, 64, 300]),
 )
-def test_truncation_keeps_what_transformers_keeps(seed, temperature, top_k, top_p, min_p, width):
+def test_truncation_keeps_what_transformers_keeps_or_says_that_it_looked_at_too_little(
+    seed, temperature, top_k, top_p, min_p, width
+):
     logits = logits_of(2, 300, seed)
     expected = hugging_face_kept(logits, temperature, top_k, top_p, min_p)
-    scaled = sampler.scale_(logits.clone(), torch.full((2,), temperature))
-    lowest = sampler.thresholds(
-        scaled, torch.full((2,), top_k), torch.full((2,), top_p), torch.full((2,), min_p), width=width
-    )
-    assert torch.equal(scaled >= lowest[:, None], expected)
+    options = [torch.full((2,), value) for value in (temperature, top_k, top_p, min_p)]
+    got, short = kept(logits, *options, width)
+    assert torch.equal(got[~short], expected[~short]) or width == 300
+    whole, _ = kept(logits, *options, 300)
+    assert torch.equal(whole, expected)
+    assert not short[expected.sum(-1) < width - 1].any() or width < top_k < 300
 
 
 def test_the_width_of_the_search_never_shows():
-    scaled = sampler.scale_(logits_of(6, 500, 5), torch.ones(6))
-    top_k = torch.tensor([0, 3, 0, 400, 7, 0])
-    top_p = torch.tensor([0.99, 1.0, 0.5, 0.9, 0.2, 1.0])
-    min_p = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0])
-    results = [sampler.thresholds(scaled, top_k, top_p, min_p, width=width) for width in (1, 16, 500)]
-    assert torch.equal(results[0], results[2])
-    assert torch.equal(results[1], results[2])
-    assert results[2][5] == float("-inf")
+    logits = logits_of(6, 500, 5)
+    options = (
+        torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 1.0]),
+        torch.tensor([0, 3, 0, 400, 7, 0]),
+        torch.tensor([0.99, 1.0, 0.5, 0.9, 0.2, 1.0]),
+        torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0, 0.0]),
+    )
+    for position in range(20):
+        draws = [
+            sampler.draw_truncated(logits, *options, *keys([1] * 6, [position] * 6), width=width)
+            for width in (1, 16, 401, 500)
+        ]
+        assert all(torch.equal(draw, draws[0]) for draw in draws)
 
 
 def test_a_top_p_of_zero_keeps_the_best_token():
-    scaled = sampler.scale_(logits_of(1, 50, 6), torch.ones(1))
-    lowest = sampler.thresholds(scaled, torch.tensor([0]), torch.tensor([0.0]), torch.tensor([0.0]))
-    assert (scaled >= lowest[:, None]).sum() == 1
+    mask, _ = kept(logits_of(1, 50, 6), torch.ones(1), torch.tensor([0]), torch.tensor([0.0]), torch.tensor([0.0]), 50)
+    assert mask.sum() == 1
 
 
 def test_equal_logits_at_the_border_stay_together():
-    scaled = torch.tensor([[0.0, -1.0, -1.0, -1.0, -2.0]])
-    lowest = sampler.thresholds(scaled, torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0]), width=2)
-    assert (scaled >= lowest[:, None]).tolist() == [[True, True, True, True, False]]
+    logits = torch.tensor([[0.0, -1.0, -1.0, -1.0, -2.0]])
+    options = (torch.ones(1), torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0]))
+    _, short = kept(logits, *options, 3)
+    assert short.tolist() == [True]
+    mask, _ = kept(logits, *options, 5)
+    assert mask.tolist() == [[True, True, True, True, False]]
 
 
 def test_a_truncated_draw_uses_the_noise_of_the_whole_draw():
-    scaled = sampler.scale_(logits_of(64, 200, 7), torch.ones(64))
+    logits = logits_of(64, 200, 7)
     k0, k1 = keys(list(range(64)), [5] * 64)
-    everything = sampler.draw_truncated(scaled, torch.full((64,), float("-inf")), k0, k1)
-    assert torch.equal(everything, sampler.draw(scaled, k0, k1))
-    only_best = sampler.draw_truncated(scaled, torch.zeros(64), k0, k1)
-    assert torch.equal(only_best, scaled.argmax(-1))
+    ones, none = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    everything = sampler.draw_truncated(logits, ones, none, ones, torch.zeros(64), k0, k1)
+    assert torch.equal(everything, sampler.draw(logits, ones, k0, k1))
+    only_best = sampler.draw_truncated(logits, ones, none, ones, ones, k0, k1)
+    assert torch.equal(only_best, logits.argmax(-1))
+
+
+def test_a_truncated_draw_follows_the_softmax_of_what_is_left():
+    draws, vocab = 20_000, 40
+    row = logits_of(1, vocab, 11, scale=1.5)
+    rows, ones = row.expand(draws, vocab), torch.ones(draws)
+    tokens = sampler.draw_truncated(
+        rows, ones, torch.full((draws,), 6), ones, torch.zeros(draws), *keys([3] * draws, list(range(draws))), width=7
+    )
+    best = row[0].topk(6)
+    expected = best.values.softmax(-1) * draws
+    seen = torch.bincount(tokens, minlength=vocab)[best.indices]
+    assert seen.sum() == draws
+    assert ((seen - expected) ** 2 / expected).sum() < chi_square_bound(5)
 
 
 def test_a_tiny_temperature_is_greedy_and_never_overflows():
     logits = logits_of(8, 100, 8, scale=50.0)
     logits[:, 3] = float("-inf")
-    scaled = sampler.scale_(logits.clone(), torch.full((8,), 1e-5))
-    assert torch.equal(sampler.draw(scaled, *keys([1] * 8, [0] * 8)), logits.argmax(-1))
+    drawn = sampler.draw(logits, torch.full((8,), 1e-5), *keys([1] * 8, [0] * 8))
+    assert torch.equal(drawn, logits.argmax(-1))
 
 
 def test_log_probabilities_are_those_of_log_softmax():
