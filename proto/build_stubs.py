@@ -2,6 +2,7 @@
 
 The stubs are never edited and never committed. `python proto/build_stubs.py` does the same by hand while a `.proto` is
 being changed. It runs in a process of its own: grpc_tools and nixl cannot share one (their protobuf runtimes clash).
+A wheel also takes the demo model along, for `baton up` without a model.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ else:
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             generate()
+            demo = ROOM.parent / "demo_model" / "checkpoint"
+            if version != "editable" and demo.is_dir():  # an editable install finds it in the checkout
+                build_data["force_include"][str(demo)] = "baton/demo_checkpoint"
 
 
 if __name__ == "__main__":
