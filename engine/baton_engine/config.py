@@ -17,7 +17,7 @@ class EngineConfig:
 
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        Field(description="dtype of weights and activations, auto = that of the checkpoint"),
+        Field(description="of weights and activations, auto = the checkpoint's, or float32 where bfloat16 is slow"),
     ] = "auto"
     kv_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Field(description="dtype of the KV cache, auto = that of the weights")

@@ -1,6 +1,7 @@
 """Loading: what a good folder gives, and the one clear line that every broken one gives."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,7 +119,14 @@ def test_the_digest_does_not_depend_on_the_dtype_in_memory(folder, device):
 )
 def test_auto_takes_the_dtype_of_the_config(folder, device, fields, expected):
     edit(folder, **fields)
-    assert load_model(folder, device=device).dtype == expected
+    assert load_model(folder, device=replace(device, native_bf16=True)).dtype == expected
+
+
+def test_auto_avoids_bfloat16_where_the_device_would_emulate_it(folder, device):
+    edit(folder, torch_dtype="bfloat16")
+    slow = replace(device, native_bf16=False)
+    assert load_model(folder, device=slow).dtype == "float32"
+    assert load_model(folder, device=slow, dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_progress_ends_at_the_size_of_the_weights(folder, device):

@@ -197,7 +197,7 @@ class _Process:
             loop.call_soon_threadsafe(self._on_crash, error, dump)
 
         engine = Engine(model, config, device, role, self._clock, on_crash)
-        compat = _compat(model, config, engine)
+        compat = _compat(model, engine)
         endpoint, peer_address = None, ""
         if kind.peers:
             endpoint = KvEndpoint(
@@ -266,13 +266,13 @@ class _Process:
         return 1
 
 
-def _compat(model: LoadedModel, config: EngineConfig, engine: Engine) -> common_pb2.Compat:
+def _compat(model: LoadedModel, engine: Engine) -> common_pb2.Compat:
     layout = engine.pool.layout
     return common_pb2.Compat(
         protocol_version=PROTOCOL_VERSION,
         model_digest=model.digest,
         weights_epoch=0,
-        compute_dtype=config.dtype,
+        compute_dtype=model.dtype,
         kv_dtype=layout.dtype,
         page_tokens=layout.page_tokens,
         layers=layout.layers,

@@ -63,6 +63,7 @@ class Device:
     name: str
     torch_device: torch.device
     stream: Stream
+    native_bf16: bool  # without it a bfloat16 product is emulated: five times slower than float32 on such a CPU
 
     def close(self) -> None:
         self.stream.close()
@@ -147,7 +148,11 @@ class _ThreadStream:
 
 
 def _open_cpu(threads: int | None) -> Device:
-    return Device(name="cpu", torch_device=torch.device("cpu"), stream=_ThreadStream(threads))
+    # torch has no public question for this in all versions that we support
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Device(
+        name="cpu", torch_device=torch.device("cpu"), stream=_ThreadStream(threads), native_bf16=bool(native)
+    )
 
 
 _OPENERS: Mapping[str, Callable[[int | None], Device]] = {"cpu": _open_cpu}

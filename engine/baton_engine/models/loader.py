@@ -68,11 +68,12 @@ class _Stored:
 def load_model(folder: Path, *, device: Device, dtype: str = "auto", progress: Progress | None = None) -> LoadedModel:
     """Load a Hugging Face safetensors checkpoint. Blocks for as long as reading takes.
 
-    `dtype`: float32, bfloat16, or auto (the config's own, bfloat16 for a float16 one). Raises ConfigError.
+    `dtype`: float32, bfloat16, or auto (the config's own, bfloat16 for a float16 one; float32 where the device would
+    have to emulate bfloat16). Raises ConfigError.
     """
     config = read_json(folder / "config.json")
     spec = parse_config(config)
-    name = _compute_dtype(dtype, config)
+    name = _compute_dtype(dtype, config, device)
     stored = _match(spec, folder)
     tensors = allocate(spec, COMPUTE_DTYPES[name], device.torch_device)
     digest = _read(spec, stored, tensors, progress)
@@ -109,7 +110,7 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
     )
 
 
-def _compute_dtype(asked: str, config: Fields) -> str:
+def _compute_dtype(asked: str, config: Fields, device: Device) -> str:
     if asked in COMPUTE_DTYPES:
         return asked
     if asked != "auto":
@@ -119,6 +120,8 @@ def _compute_dtype(asked: str, config: Fields) -> str:
             if fields is not None and fields.has(field):
                 own = fields.text(field).removeprefix("torch.")
                 own = "bfloat16" if own == "float16" else own
+                if own == "bfloat16" and not device.native_bf16:
+                    return "float32"
                 if own not in COMPUTE_DTYPES:
                     raise fields.wrong(field, "float32, bfloat16 or float16")
                 return own
