@@ -116,17 +116,7 @@ class Engine:
         self._stop_at_s: float | None = None
         self._checked_idle = True
         self._stats = StatsKeeper(self._scheduler.load())
-        self._hooks: Mapping[type[records.Outcome], Callable[..., None]] = {
-            records.Tokens: lambda outcome: role.on_tokens(outcome.step, outcome.tokens),
-            records.Reserved: self._reserved,
-            records.TurnedLocal: lambda outcome: role.on_local(outcome.request),
-            records.PrefillAdmitted: self._prefill_admitted,
-            records.PrefillDone: lambda outcome: role.on_prefill_done(outcome.request, outcome.first),
-            records.KvRelease: self._release,
-            records.Preempted: _log_preempted,
-            records.KvEvents: self._kv_events,
-            records.Ended: self._end,
-        }
+        self._hooks = self._hook_table()
 
     # ---- any thread -----------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -299,6 +289,20 @@ class Engine:
             self._scheduler.abort_all(Draining("the worker stops; retry elsewhere"), now_s)
 
     # ---- hooks ----------------------------------------------------------------------------------------------------
+    def _hook_table(self) -> Mapping[type[records.Outcome], Callable[..., None]]:
+        role = self._role
+        return {
+            records.Tokens: lambda outcome: role.on_tokens(outcome.step, outcome.tokens),
+            records.Reserved: self._reserved,
+            records.TurnedLocal: lambda outcome: role.on_local(outcome.request),
+            records.PrefillAdmitted: self._prefill_admitted,
+            records.PrefillDone: lambda outcome: role.on_prefill_done(outcome.request, outcome.first),
+            records.KvRelease: self._release,
+            records.Preempted: _log_preempted,
+            records.KvEvents: self._kv_events,
+            records.Ended: self._end,
+        }
+
     def _reserved(self, outcome: records.Reserved) -> None:
         self._announced[outcome.request.request_id] = outcome.request
         self._role.on_reserved(outcome.request, outcome.pages, outcome.first_missing_token)
