@@ -10,7 +10,7 @@ from typing import Literal
 
 Style = Literal["text", "json"]
 
-_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
 
 class _Json(logging.Formatter):

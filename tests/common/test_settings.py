@@ -49,7 +49,9 @@ def test_an_unknown_key_in_a_file_lists_the_known_ones(tmp_path: Path) -> None:
         resolve(Oven, section="oven", file=write(tmp_path, "oven: {hea: 1}"))
 
 
-@pytest.mark.parametrize(("text", "message"), [("oven: [1]", "mapping"), ("oven: {", "no valid YAML"), ("- 1", "mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("oven: [1]", "mapping"), ("oven: {", "no valid YAML"), ("- 1", "mapping")]
+)
 def test_a_broken_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         resolve(Oven, section="oven", file=write(tmp_path, text))
