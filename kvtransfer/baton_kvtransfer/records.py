@@ -71,7 +71,7 @@ class Inbound:
 class Outbound:
     """A transfer that this worker makes. `pages` must hold still until the fence of `abort`, or until `done`.
 
-    `done` is called once, on a transfer thread, and must not block; it is not called after Transfer.abort returned.
+    `done` is called once, on a transfer thread, and must not block; not after Transfer.abort (one may overlap).
     """
 
     transfer_id: TransferId
@@ -81,7 +81,7 @@ class Outbound:
     pages: Sequence[PageId]
     first_token: int
     end_token: int
-    deadline_s: float  # end of the lease: at the latest then the transfer fails and the pages are free
+    deadline_s: float  # end of the lease: then it fails (answer_timeout_s later if only Commit is missing)
     done: Callable[[Receipt | BatonError], None]
 
 

@@ -7,6 +7,7 @@ this side sends, so wrap both sides.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from baton_kvtransfer.transport import Dialed, Listener, Transport
 from baton_kvtransfer.wires import Caps, Landing, Reach, Wire
 from baton_proto.peer_pb2 import PeerMessage, PeerWelcome, Slot
 
+_LONGEST_DELAY = 6  # sends
 _HANDSHAKE = frozenset({"hello", "welcome", "refused"})
 
 
@@ -32,6 +34,7 @@ class Faults:
     late_write: float = 0.0  # garbage into a slot that was used before
     spare: frozenset[str] = frozenset({"alive"})  # kinds that arrive as they are
     done: dict[str, int] = field(default_factory=dict)
+    reaches: list[ChaosReach] = field(default_factory=list)
 
     def hits(self, name: str, probability: float) -> bool:
         hit = self.random.random() < probability
@@ -88,20 +91,25 @@ class ChaosChannel:
         faults, kind = self._faults, message.WhichOneof("kind")
         if kind in _HANDSHAKE or kind in faults.spare:
             self._inner.send(message, payload, fds)
-        elif faults.hits("drop", faults.drop):
+            self._release(len(self._held) * _LONGEST_DELAY)
+            return
+        if faults.hits("drop", faults.drop):
             pass
         elif faults.hits("delay", faults.delay):
             copy = None if payload is None else bytes(payload)
-            self._held.append((faults.random.randint(1, 6), message, copy))
+            self._held.append((faults.random.randint(1, _LONGEST_DELAY), message, copy))
             return
         else:
             self._inner.send(message, payload)
             if faults.hits("duplicate", faults.duplicate):
                 self._inner.send(message, payload)
-        self._release()
+        self._release(len(self._held))
 
-    def _release(self) -> None:
-        for _ in range(len(self._held)):
+    def _release(self, looks: int) -> None:
+        """Every look at a held message is one send less to wait for; a heartbeat lets all of them go."""
+        for _ in range(looks):
+            if not self._held:
+                return
             left, message, payload = self._held.popleft()
             if left > 1:
                 self._held.append((left - 1, message, payload))
@@ -122,30 +130,51 @@ class ChaosWire:
 
 
 class ChaosReach:
+    """Writes late into any slot except the one that is being gathered.
+
+    No wire lets anybody else write there: shm copies synchronously on this very thread, and others gather into local
+    staging memory. That exception is what a digest over the window rests on.
+    """
+
     def __init__(self, inner: Reach, faults: Faults, *, late: bool) -> None:
         self._inner = inner
         self._faults = faults
         self._late = late
+        self._lock = threading.Lock()  # tests write late from threads of their own
+        self._gathering: int | None = None
         self._written: dict[int, memoryview] = {}  # slot -> what we once wrote
+        if late:
+            faults.reaches.append(self)
 
     def window(self, slot: Slot, size: int) -> memoryview:
         window = self._inner.window(slot, size)
-        self._written[slot.index] = window
+        with self._lock:
+            self._written[slot.index] = window
+            self._gathering = slot.index
         return window
 
     def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
         faults = self._faults
         if faults.hits("flip", faults.flip):
             window[faults.random.randrange(window.nbytes)] ^= 1 << faults.random.randrange(8)
+        with self._lock:
+            self._gathering = None
         self._inner.push(channel, message, window)
         if self._late and faults.hits("late_write", faults.late_write):
-            self.write_late()
+            self.write_late(faults.random)
 
-    def write_late(self) -> None:
+    def write_late(self, random: Random) -> bool:
         """What a transport without a fence does: an old write lands now, in a slot that may be in use again."""
-        target = self._written[self._faults.random.choice(list(self._written))]
-        target[:] = self._faults.random.randbytes(target.nbytes)
+        with self._lock:
+            targets = [view for index, view in self._written.items() if index != self._gathering]
+            if not targets:
+                return False
+            target = random.choice(targets)
+            at = random.randrange(target.nbytes)
+            target[at : at + 64] = random.randbytes(min(64, target.nbytes - at))
+            return True
 
     def fence(self) -> None:
-        self._written.clear()
+        with self._lock:
+            self._written.clear()
         self._inner.fence()
