@@ -30,12 +30,16 @@ class ProcessFailed(AssertionError):
 class ServiceProcess:
     """One child process and its log file. Settings become flags: `drain_s=3` is `--drain-s 3`."""
 
-    def __init__(self, role: str, folder: Path, *, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, role: str, folder: Path, *, name: str, settings: Mapping[str, Any], code: str | None = None
+    ) -> None:
+        """`code` is run in place of the role's module: a program that breaks something first."""
         self.role = role
         self.name = name
         self.log_path = folder / f"{name}.log"
         flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-        self._argv = [sys.executable, "-m", MODULES[role], *flags]
+        program = ["-m", MODULES[role]] if code is None else ["-c", code]
+        self._argv = [sys.executable, *program, *flags]
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -132,12 +136,21 @@ class ServiceProcess:
 class WorkerProcess(ServiceProcess):
     """`role`: prefill, decode or colocated. Small and exact by default: float32, 16-token pages, one thread."""
 
-    def __init__(self, role: str, checkpoint: Path, folder: Path, *, name: str = "", **settings: Any) -> None:
+    def __init__(
+        self,
+        role: str,
+        checkpoint: Path,
+        folder: Path,
+        *,
+        name: str = "",
+        code: str | None = None,
+        **settings: Any,
+    ) -> None:
         defaults: dict[str, Any] = {
             "model": checkpoint, "role": role, "listen": "127.0.0.1:0", "dtype": "float32", "page_tokens": 16,
             "pages": 256, "threads": 1, "log_style": "json", "log_level": "debug", "dump_dir": folder, "drain_s": 5,
         }  # fmt: skip
-        super().__init__(role, folder, name=name or role, settings=defaults | settings)
+        super().__init__(role, folder, name=name or role, settings=defaults | settings, code=code)
 
     def _ready_address(self) -> str | None:
         return next((record["address"] for record in self.records() if record["message"] == "ready"), None)

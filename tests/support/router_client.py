@@ -73,6 +73,7 @@ class RouterClient:
         self._answers: dict[int, Answer] = {}
         self._reader: asyncio.Task[None] | None = None
         self._next = 1
+        self._writing = asyncio.Lock()
 
     async def __aenter__(self) -> RouterClient:
         self._call = worker_pb2_grpc.WorkerStub(self._channel).Connect()
@@ -102,7 +103,8 @@ class RouterClient:
 
     async def send(self, **message: object) -> None:
         assert self._call is not None
-        await self._call.write(worker_pb2.RouterMessage(**message))
+        async with self._writing:  # gRPC takes one write at a time
+            await self._call.write(worker_pb2.RouterMessage(**message))
 
     async def submit(
         self,
