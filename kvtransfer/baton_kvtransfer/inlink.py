@@ -86,7 +86,7 @@ class InLink(Link):
             wire = self._choose(hello)
             self._admission.admit(hello, self._cut)
         except KVTransferError as error:
-            self._state = "refused"
+            self._reason, self._state = error.message, "refused"
             self._channel.send(PeerMessage(refused=_refused(error)))
             raise
         self._memory = wire.land(slots=len(self._slots), slot_bytes=local.config.slot_bytes)

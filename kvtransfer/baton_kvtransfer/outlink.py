@@ -80,8 +80,9 @@ class OutLink(Link):
             case "welcome":
                 self._welcomed(answer.welcome, dialed)
             case "refused":
-                self._state = "refused"
-                raise self._refusal(answer.refused)
+                refusal = self._refusal(answer.refused)
+                self._reason, self._state = refusal.message, "refused"
+                raise refusal
             case kind:
                 raise WireError(f"expected a welcome, got {kind or 'an empty message'}", phase="hello")
 
