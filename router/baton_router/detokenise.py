@@ -145,7 +145,6 @@ class _Pieces:
         self._vocabulary = vocabulary
         self._skip = skip
         self._run: list[int] = []
-        self._head: list[int] = []  # ids seen while the text is still empty; they decide about the leading space
         self._started = continues
 
     def push(self, token_id: int) -> str:
@@ -166,10 +165,8 @@ class _Pieces:
         self._run = []
         if self._started:
             return self._vocabulary.inside(ids)
-        self._head += ids
-        text = self._vocabulary.start(self._head)
-        self._started = bool(text)
-        return text
+        self._started = True
+        return self._vocabulary.start(ids)
 
 
 class _Whole:

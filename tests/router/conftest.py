@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from baton_router.service import Router
 
 CONTEXT_TOKENS = 512
 MODEL = "tiny"
+HELLO = [{"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(scope="session")
@@ -122,4 +123,8 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-Wait = Callable[[Callable[[], bool], str], Awaitable[None]]
+def chat_ids(house: House, messages: list[dict[str, str]] = HELLO) -> list[int]:
+    """Token ids of a chat prompt."""
+    template = house.checkpoint.template
+    assert template is not None
+    return list(house.checkpoint.tokenizer.encode(template.render(messages), add_special_tokens=False).ids)
