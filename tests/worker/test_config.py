@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.checkpoints import tiny_checkpoint
 
 from baton_common.errors import ConfigError
 from baton_common.settings import parse_command_line
@@ -36,6 +42,25 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         split_address(address, "listen")
 
 
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """`run` sets up logging for its process, which here is the one of all tests."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a worker which refuses to start writes."""
+    assert run(PROGRAM, ["--listen", "127.0.0.1:0", "--log-level", "error", *argv], {}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("baton-decode: ")
+    assert error.count("\n") == 1
+    return error
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -46,14 +71,46 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         (["--model", "m", "--page-tokens", "7"], "engine.page_tokens (flag --page-tokens)"),
     ],
 )
-def test_a_worker_refuses_to_start_with_one_line(
-    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_setting_is_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refusal(argv, capsys)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(PROGRAM, ["--listen", "127.0.0.1:0", "--log-level", "error", *argv], {}) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.startswith("baton-decode: ")
-    assert error.count("\n") == 1
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert "layers.3." in refusal(["--model", str(folder)], capsys)
+
+
+def test_a_checkpoint_of_an_unknown_family_is_refused_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    renamed = config | {"model_type": "strange", "architectures": ["StrangeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(renamed))
+    assert "strange" in refusal(["--model", str(folder)], capsys).lower()
+
+
+def test_a_damaged_weights_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    assert "model.safetensors" in refusal(["--model", str(folder)], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--peer-listen", "--metrics-port"])
+def test_a_port_in_use_is_said_with_its_number(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        value = str(port) if flag == "--metrics-port" else f"127.0.0.1:{port}"
+        text = refusal(["--model", str(folder), "--dtype", "float32", "--pages", "64", flag, value], capsys)
+    assert str(port) in text
+    assert "in use" in text
 
 
 def test_explain_prints_each_setting_and_its_source(capsys: pytest.CaptureFixture[str]) -> None:

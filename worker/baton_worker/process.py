@@ -158,10 +158,10 @@ class _Process:
             config=self._settings.worker, clock=self._clock, on_failure=lambda error: self._on_crash(error, {})
         )
         host, port = await service.listen()
-        self._open_metrics(host)
         address = f"{host}:{port}"
         worker_id = self._settings.worker.worker_id or address
         try:
+            self._open_metrics(host)
             house = await asyncio.to_thread(self._build, outbox, worker_id, loop)
         except BatonError as error:
             await service.close()
