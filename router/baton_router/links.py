@@ -354,7 +354,10 @@ class Link:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name.lower()}: {' '.join((error.details() or '').split())[:160]}"
+        details = " ".join((error.details() or "").split())
+        if details.startswith("failed to connect"):  # gRPC's own long story about addresses and sockets
+            return "nothing answers at its address yet"
+        return f"{error.code().name.lower()}: {details[:160]}"
     if isinstance(error, TimeoutError):
         return f"no hello within {HELLO_S:.0f} s"
     return str(error)
