@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +198,17 @@ async def test_sigterm_lets_decode_finish_and_ends_with_zero(service: Service) -
         service.decode[0].terminate()
         assert len(await answer.end()) == 100
         assert service.decode[0].wait() == 0
+
+
+async def test_a_second_signal_ends_at_once(service: Service) -> None:
+    endless = SamplingParams(temperature=0.0, max_tokens=CONTEXT - 10, ignore_eos=True)
+    async with connected(service) as pair:
+        answer = await pair.decode.submit(Mode.LOCAL, [1], sampling=endless)
+        await answer.first()
+        service.decode[0].terminate()
+        await pair.decode.wait(lambda: bool(pair.decode.loads) and pair.decode.loads[-1].draining)
+        service.decode[0].terminate()
+        assert service.decode[0].wait() == 128 + signal.SIGTERM
 
 
 # ---- refusals and crashes -------------------------------------------------------------------------------------------
