@@ -10,7 +10,6 @@ from baton_kvtransfer.errors import DeadlineExceeded, KVTransferError
 from baton_kvtransfer.plan import Block, Pending
 from baton_kvtransfer.protocol import SEND_EDGES, SendState
 from baton_kvtransfer.records import FirstToken, Outbound, Receipt
-from baton_proto.peer_pb2 import Slot
 
 NEVER_S = float("inf")
 
@@ -23,7 +22,6 @@ class Outgoing:
     blocks: list[Block] = field(default_factory=list)  # by sequence number
     again: deque[int] = field(default_factory=deque)  # sequence numbers to resend
     round: int = 0
-    used: dict[int, int] = field(default_factory=dict)  # slot -> generation, the latest of this transfer
     first: FirstToken | None = None
     verdict: BatonError | None = None  # to be told once the peer has spoken its last word
     lease_s: float = NEVER_S
@@ -38,9 +36,6 @@ class Outgoing:
     def advance(self, to: SendState) -> None:
         assert to in SEND_EDGES[self.state], f"{self.order.transfer_id}: {self.state.value} -> {to.value}"
         self.state = to
-
-    def last_slots(self) -> list[Slot]:
-        return [Slot(index=index, generation=generation) for index, generation in self.used.items()]
 
     def receipt(self, peer: str, wire: str, now_s: float) -> Receipt:
         begin_s = self.finish_s if self.first_chunk_s is None else self.first_chunk_s

@@ -143,12 +143,14 @@ class Receiver:
             case "abort":
                 self._on_abort(message.abort)
             case "drained":
-                self._reclaim(message.drained.slots)
                 transfer = self._transfers.get(TransferId(message.drained.transfer_id))
                 if transfer is not None and transfer.state is ReceiveState.ABORTING:
                     transfer.advance(ReceiveState.DRAINED)
                     self._forget(transfer, committed=False)
             case "alive":
+                for slot in message.alive.slots:
+                    if self._slots.is_current(slot):  # its chunk was sent a period ago and is not here: lost
+                        self._take_back(slot)
                 for name in message.alive.transfer_ids:
                     if (held := self._transfers.get(TransferId(name))) is not None:
                         held.lease_s = now_s + self._timers.lease_s
@@ -222,7 +224,6 @@ class Receiver:
             transfer.last_chunk_s = now_s
 
     def _on_sent(self, sent: Sent, now_s: float) -> None:
-        self._reclaim(sent.slots)
         transfer_id = TransferId(sent.transfer_id)
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
@@ -262,7 +263,6 @@ class Receiver:
         self._say(PeerMessage(resend=resend))
 
     def _on_abort(self, abort: PeerAbort) -> None:
-        self._reclaim(abort.slots)
         transfer_id = TransferId(abort.transfer_id)
         transfer = self._transfers.get(transfer_id)
         if self._over.get(transfer_id, False):
@@ -347,12 +347,6 @@ class Receiver:
 
     def _take_back(self, slot: Slot) -> None:
         self._credits.append(self._slots.advance(slot.index))
-
-    def _reclaim(self, slots: Sequence[Slot]) -> None:
-        """The peer used these, and its chunks were sent before this message: what is still current was lost."""
-        for slot in slots:
-            if self._slots.is_current(slot):
-                self._take_back(slot)
 
     def _say(self, message: PeerMessage) -> None:
         self.messages.append(message)

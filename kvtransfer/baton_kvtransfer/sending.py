@@ -157,7 +157,6 @@ class Sender:
             transfer.bytes += block.bytes(self._layout)
         slot = self._credits.take()
         assert slot is not None, "next_push looked"
-        transfer.used[slot.index] = slot.generation
         chunk = Chunk(
             transfer_id=transfer.order.transfer_id,
             sequence=sequence,
@@ -185,9 +184,6 @@ class Sender:
     def unpushed(self, push: Push) -> None:
         """The gate was closed before anything was written: the owner's abort is on its way here."""
         self._credits.put_back(push.chunk.slot)
-        transfer = self._transfers.get(push.order.transfer_id)
-        if transfer is not None:
-            transfer.used.pop(push.chunk.slot.index, None)
 
     def _perhaps_sent(self, transfer: Outgoing, now_s: float) -> None:
         nothing_left = transfer.pending.empty and not transfer.again
@@ -259,7 +255,6 @@ class Sender:
     def _on_abort(self, abort: PeerAbort) -> None:
         transfer_id = TransferId(abort.transfer_id)
         transfer = self._transfers.get(transfer_id)
-        slots = [] if transfer is None else transfer.last_slots()
         if transfer is not None:
             if transfer.state is not SendState.ABORTING:
                 phase = transfer.state.value
@@ -269,7 +264,7 @@ class Sender:
                 self.ended.append(Ended(transfer_id=transfer_id, outcome=transfer.verdict))
             transfer.advance(SendState.DRAINED)
             self._forget(transfer)
-        self._say(PeerMessage(drained=Drained(transfer_id=transfer_id, slots=slots)))
+        self._say(PeerMessage(drained=Drained(transfer_id=transfer_id)))
 
     def _on_drained(self, transfer_id: TransferId) -> None:
         transfer = self._transfers.get(transfer_id)
@@ -288,7 +283,7 @@ class Sender:
         if now_s >= self._alive_s:
             self._alive_s = now_s + self._timers.alive_s
             held = [t.order.transfer_id for t in self._transfers.values() if t.state is not SendState.ABORTING]
-            self._say(PeerMessage(alive=Alive(transfer_ids=held)))
+            self._say(PeerMessage(alive=Alive(transfer_ids=held, slots=self._credits.missed())))
         for transfer in list(self._transfers.values()):
             self._tick(transfer, now_s)
 
@@ -346,8 +341,7 @@ class Sender:
     def _repeat_abort(self, transfer: Outgoing, error: BatonError, now_s: float) -> None:
         transfer.repeat_s = now_s + self._timers.alive_s
         transfer_id = transfer.order.transfer_id
-        abort = PeerAbort(transfer_id=transfer_id, error=to_wire(error), slots=transfer.last_slots())
-        self._say(PeerMessage(abort=abort))
+        self._say(PeerMessage(abort=PeerAbort(transfer_id=transfer_id, error=to_wire(error))))
 
     def _reserve(self, transfer: Outgoing, now_s: float) -> None:
         transfer.repeat_s = now_s + self._timers.alive_s
@@ -369,7 +363,6 @@ class Sender:
             bytes=transfer.bytes,
             first=first_to_wire(transfer.first),
             round=transfer.round,
-            slots=transfer.last_slots(),
         )
         self._say(PeerMessage(sent=sent))
 

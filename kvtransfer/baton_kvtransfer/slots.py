@@ -42,6 +42,8 @@ class Credits:
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}  # index -> newest generation ever credited
         self._free: dict[int, int] = {}
+        self._used: dict[int, int] = {}  # taken, and no newer credit came
+        self._suspects: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self._free)
@@ -59,6 +61,7 @@ class Credits:
                 raise WireError(f"credit for unknown slot {slot.index}")
             if slot.generation > self._seen[slot.index]:
                 self._seen[slot.index] = self._free[slot.index] = slot.generation
+                self._used.pop(slot.index, None)
                 fresh = True
         return fresh
 
@@ -66,9 +69,18 @@ class Credits:
         if not self._free:
             return None
         index = next(iter(self._free))
-        return Slot(index=index, generation=self._free.pop(index))
+        generation = self._used[index] = self._free.pop(index)
+        return Slot(index=index, generation=generation)
 
     def put_back(self, slot: Slot) -> None:
         """Undo `take`: nothing was written."""
         if self._seen[slot.index] == slot.generation:
             self._free[slot.index] = slot.generation
+            self._used.pop(slot.index, None)
+
+    def missed(self) -> list[Slot]:
+        """Call once per heartbeat: what was used before the last call and has not come back."""
+        used = set(self._used.items())
+        missed = sorted(used & self._suspects)
+        self._suspects = used
+        return [Slot(index=index, generation=generation) for index, generation in missed]

@@ -182,7 +182,7 @@ def test_damage_in_every_round_ends_as_corrupt() -> None:
     world.check_quiet()
 
 
-def test_lost_chunks_are_asked_for_and_their_slots_come_back() -> None:
+def test_lost_chunks_are_asked_for() -> None:
     world = link()
     life = opened(world)
     world.settle()
@@ -192,6 +192,23 @@ def test_lost_chunks_are_asked_for_and_their_slots_come_back() -> None:
     world.settle()
     assert isinstance(life.sender_outcome, Receipt)
     assert life.sender_outcome.resends == 1
+
+
+@pytest.mark.parametrize("abort", [False, True])
+def test_slots_of_lost_chunks_come_back_with_the_second_heartbeat(abort: bool) -> None:
+    world = link()
+    life = opened(world)
+    world.settle()
+    announce_all(world, life)
+    world.push()
+    world.forth.pop()
+    if abort:
+        world.abort(life)
+    world.settle()
+    assert world.sender.free_slots == len(world.table) - 1
+    for _ in range(2):
+        world.advance(1.0)
+        world.settle()
     world.check_quiet()
 
 
@@ -452,5 +469,5 @@ class Chaos(RuleBasedStateMachine):
 
 TestChaos = Chaos.TestCase
 TestChaos.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -178,8 +178,8 @@ class World:
         """Random page tables on both sides, random bytes on the sender's."""
         sender = sender or self.sender
         receiver = self.receiver
+        transfer_id = self.next_id()
         self._numbers += 1
-        transfer_id = TransferId(f"{receiver.incarnation}-{sender.incarnation}-{self._numbers}")
         count = -(-end_token // LAYOUT.page_tokens)
         source, target = self._take(sender, count), self._take(receiver, count)
         for page in source:
@@ -215,6 +215,10 @@ class World:
             sent=sent,
             received=received,
         )
+
+    def next_id(self) -> TransferId:
+        """Of the transfer that `start` will make."""
+        return TransferId(f"{self.receiver.incarnation}-{self._numbers + 1}")
 
     def send(self, first_token: int, end_token: int, **how: float) -> Run:
         """Announced and finished; outcomes are still to come."""

@@ -1,0 +1,179 @@
+"""Real processes that die, freeze and come back."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.kv_peer import serve
+from support.kv_world import LAYOUT, Run, Side, World, eventually, positions
+
+from baton_kvtransfer import Receipt
+from baton_kvtransfer.errors import KVTransferError, PeerGone
+
+WIRES = ["shm", "tcp"]
+TOKENS = 200
+PAGES_USED = list(range(13))
+
+# children come out of a server that has torch loaded already, and no threads
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "baton_kvtransfer", "prometheus_client"])
+
+
+class Process:
+    def __init__(self, name: str, incarnation: str, wire: str) -> None:
+        self.incarnation = incarnation
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=serve, args=(theirs, name, incarnation, wire), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.address = str(self.hear()["address"])
+
+    def tell(self, **order: object) -> None:
+        self._pipe.send_bytes(json.dumps(order).encode())
+
+    def hear(self) -> dict[str, object]:
+        assert self._pipe.poll(30), "the process says nothing"
+        heard: dict[str, object] = json.loads(self._pipe.recv_bytes())
+        return heard
+
+    def signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(10)
+        self._pipe.close()
+
+
+@pytest.fixture(params=WIRES)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    made = World(request.param)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def receiver(world: World) -> Iterator[Process]:
+    process = Process("other", "other-1", world.wire)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def sender(world: World) -> Iterator[Process]:
+    process = Process("other", "other-1", world.wire)
+    yield process
+    process.end()
+
+
+def send_to(world: World, process: Process, *, everything: bool) -> Run:
+    transfer_id = world.next_id()
+    process.tell(do="expect", id=transfer_id, pages=PAGES_USED, tokens=TOKENS)
+    assert process.hear() == {"expected": transfer_id}
+    run = world.start(0, TOKENS, expect=False, address=process.address, incarnation=process.incarnation)
+    run.handle.ready(0, LAYOUT.layers if everything else 2, 0, TOKENS)
+    return run
+
+
+def receive_from(world: World, process: Process, *, everything: bool) -> Run:
+    """The process sends; the run's own sending half is pointed at nobody and fails at once."""
+    run = world.start(0, TOKENS, address="tcp://127.0.0.1:9", incarnation="nobody")
+    run.sent.wait()
+    process.tell(
+        do="send", id=run.transfer_id, pages=PAGES_USED, tokens=TOKENS, all=everything,
+        address=world.receiver.address, incarnation=world.receiver.incarnation,
+    )  # fmt: skip
+    assert process.hear() == {"sending": run.transfer_id}
+    return run
+
+
+def test_bytes_cross_to_another_process_and_back(world: World, receiver: Process) -> None:
+    run = send_to(world, receiver, everything=True)
+    run.finish()
+    assert isinstance(run.sent.wait(), Receipt)
+    back = receive_from(world, receiver, everything=True)
+    assert receiver.hear() == {"ended": "Receipt", "ok": True}
+    assert isinstance(back.received.wait(), Receipt)
+    assert torch.equal(positions(world.receiver.pool, back.receiver_pages, 0, TOKENS), run.wanted)
+
+
+def test_a_killed_receiver_is_an_error_within_200_ms(world: World, receiver: Process) -> None:
+    run = send_to(world, receiver, everything=False)
+    eventually(lambda: link_bytes(world.sender) > 0, "chunks left")
+    receiver.signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    error = run.sent.wait()
+    assert isinstance(error, PeerGone)
+    assert run.sent.at_s - killed_s < 0.2
+    assert (error.transfer_id, error.peer) == (run.transfer_id, "other")
+    assert run.handle.gate.done()
+
+
+def test_a_killed_sender_is_an_error_within_200_ms(world: World, sender: Process) -> None:
+    run = receive_from(world, sender, everything=False)
+    eventually(lambda: run.received.receiving == 1, "chunks arrive")
+    sender.signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    assert isinstance(run.received.wait(), PeerGone)
+    assert run.received.at_s - killed_s < 0.2
+
+
+@pytest.mark.slow
+def test_a_stopped_receiver_is_an_error_within_three_and_a_half_seconds(world: World, receiver: Process) -> None:
+    run = send_to(world, receiver, everything=False)
+    eventually(lambda: link_bytes(world.sender) > 0, "chunks left")
+    receiver.signal(signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    run.handle.ready(2, LAYOUT.layers, 0, TOKENS)
+    run.finish()
+    error = run.sent.wait()
+    assert isinstance(error, PeerGone)
+    assert run.sent.at_s - stopped_s < 3.5
+    assert run.handle.gate.done()
+
+
+@pytest.mark.slow
+def test_a_stopped_sender_is_fenced_and_cannot_write_when_it_wakes(world: World, sender: Process) -> None:
+    run = receive_from(world, sender, everything=False)
+    eventually(lambda: run.received.receiving == 1, "chunks arrive")
+    sender.signal(signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    assert isinstance(run.received.wait(), PeerGone)
+    assert run.received.at_s - stopped_s < 3.5
+    world.reuse(run)
+    following = world.send(0, 60)  # slots of another peer, pages that may be the same
+    assert isinstance(following.received.wait(), Receipt)
+    sender.signal(signal.SIGCONT)
+    assert sender.hear()["ok"] is False
+    world.check_arrived(following)
+    world.check_canaries()
+
+
+def test_a_process_that_comes_back_under_its_name_is_a_new_peer(world: World, receiver: Process) -> None:
+    run = send_to(world, receiver, everything=True)
+    run.finish()
+    assert isinstance(run.sent.wait(), Receipt)
+    receiver.end()
+    again = Process("other", "other-2", world.wire)
+    try:
+        stale = world.start(0, 20, expect=False, address=again.address, incarnation="other-1")
+        error = stale.sent.wait()
+        assert isinstance(error, KVTransferError)
+        assert type(error).__name__ == "StalePeer"
+        fresh = send_to(world, again, everything=True)
+        fresh.finish()
+        assert isinstance(fresh.sent.wait(), Receipt)
+    finally:
+        again.end()
+
+
+def link_bytes(side: Side) -> int:
+    return sum(info.bytes for info in side.endpoint.peers())
