@@ -37,6 +37,7 @@ class OutLink(Link):
         self._peer_incarnation = incarnation
         self._transfers: dict[TransferId, Transfer] = {}
         self._reach: Reach | None = None
+        self._gauged_slots = 0
         self._sender = Sender(layout=local.layout, slot_bytes=local.config.slot_bytes, timers=local.timers)
 
     def open(self, transfer: Transfer) -> bool:
@@ -154,6 +155,12 @@ class OutLink(Link):
 
     def _tick(self, now_s: float) -> None:
         self._sender.tick(now_s)
+        self._gauge_slots(self._sender.free_slots)
+
+    def _gauge_slots(self, free: int) -> None:
+        """Our share of a gauge over all links."""
+        self._local.metrics.free_slots.inc(free - self._gauged_slots)
+        self._gauged_slots = free
 
     def _flush(self, channel: Channel) -> None:
         while self._sender.messages:
@@ -190,6 +197,7 @@ class OutLink(Link):
     def _lose(self, error: KVTransferError) -> None:
         if self._reach is not None:
             self._local.metrics.links.labels("out").dec()
+            self._gauge_slots(0)
             self._reach.fence()
         self._sender.lose(error)
         self._deliver()

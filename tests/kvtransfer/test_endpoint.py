@@ -272,6 +272,9 @@ def test_metrics_count_bytes_chunks_and_outcomes(world: World) -> None:
     eventually(lambda: world.sender.metric("committed_total", direction="out") == 1, "counted")
     assert world.sender.metric("handoff_seconds_count", direction="out") == 1
     assert world.sender.metric("links", direction="out") == 1
+    eventually(lambda: world.sender.metric("free_slots") > 0, "the heartbeat gauges free slots")
+    world.sender.endpoint.close()
+    assert world.sender.metric("links", direction="out") == world.sender.metric("free_slots") == 0
 
 
 def test_peers_tell_wire_and_why(world: World) -> None:
