@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import tiny_checkpoint
-from support.house import DEADLINE_S, Stream, Streams, assert_no_leaks, eventually, status
+from support.house import DEADLINE_S, Stream, Streams, assert_no_leaks, eventually, status, workers_up
 from support.processes import RouterProcess, Service, WorkerProcess, spawn_service
 from support.reference import Reference
 from tokenizers import Tokenizer
@@ -46,11 +46,28 @@ def expected(checkpoint: Path, prompts: list[list[int]]) -> list[str]:
     return [tokenizer.decode(reference.generate(prompt, OUTPUTS)) for prompt in prompts]
 
 
-@pytest.fixture
-def house(checkpoint: Path, tmp_path: Path) -> Iterator[Service]:
+@pytest.fixture(scope="module")
+def lasting_house(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two of each behind a router; one house for all tests, so that each lives with what the one before left behind."""
     settings = {"request_timeout_s": DEADLINE_S, "local_below_tokens": 16}
-    with spawn_service(tmp_path, checkpoint, prefill=2, decode=2, router_settings=settings) as service:
+    folder = tmp_path_factory.mktemp("house")
+    with spawn_service(
+        folder, checkpoint, prefill=2, decode=2, router_settings=settings, fixed_ports=True
+    ) as service:
         yield service
+
+
+@pytest.fixture
+def house(lasting_house: Service) -> Service:
+    """The house with everybody at home again, and seen by the router."""
+    assert lasting_house.router is not None
+    for process in (*lasting_house.workers, lasting_house.router):
+        if process.exit_code is not None:
+            process.start()
+    for process in (*lasting_house.workers, lasting_house.router):
+        process.wait_ready()
+    eventually(lambda: workers_up(lasting_house.router) == len(lasting_house.workers), 20, lasting_house.router.log)
+    return lasting_house
 
 
 def assert_all_right(answers: list[Stream], expected: list[str]) -> None:
@@ -109,22 +126,21 @@ def test_a_worker_that_is_asked_to_leave_finishes_or_hands_back(
 
 
 def test_a_lost_router_leaves_nothing_behind_and_a_new_one_serves(
-    house: Service, checkpoint: Path, tmp_path: Path, prompts: list[list[int]], expected: list[str]
+    house: Service, prompts: list[list[int]], expected: list[str]
 ) -> None:
     assert house.router is not None
     with Streams(house.router.url, prompts, OUTPUTS).running() as streams:
         streams.wait_events(100)
         house.router.kill()
+        house.router.wait()
         answers = streams.answers()
     for answer, text in zip(answers, expected, strict=True):
         assert answer.error, "the router died, yet the stream ended as if it were whole"
         assert text.startswith(answer.text), "what was sent before the end was wrong"
     assert_no_leaks(house.workers)
-    addresses = [worker.address for worker in house.workers]
-    with RouterProcess(checkpoint, tmp_path, workers=addresses, name="router-2", local_below_tokens=16) as router:
-        router.wait_ready()
-        with Streams(router.url, prompts, OUTPUTS).running() as streams:
-            assert_all_right(streams.answers(), expected)
+    house.router.start().wait_ready()
+    with Streams(house.router.url, prompts, OUTPUTS).running() as streams:
+        assert_all_right(streams.answers(), expected)
     assert_no_leaks(house.workers)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import httpx
-from support.processes import WorkerProcess
+from support.processes import RouterProcess, WorkerProcess
 
 from baton_proto import worker_pb2, worker_pb2_grpc
 
@@ -33,7 +33,10 @@ class Stream:
 
 @dataclass
 class Streams:
-    """Several clients at once. `events` counts what they received together, so that a fault can be timed by it."""
+    """Several clients at once. `events` counts what they received together, so that a fault can be timed by it.
+
+    Each set of clients has a cache salt of its own: what earlier ones left in the caches would spare prefill its work.
+    """
 
     url: str
     prompts: Sequence[Sequence[int]]
@@ -63,7 +66,8 @@ class Streams:
         start = time.monotonic()
         body = {
             "model": "model", "prompt": prompt, "max_tokens": self.outputs, "temperature": 0, "stream": True,
-            "ignore_eos": True, "stream_options": {"include_usage": True}, **self.extra,
+            "ignore_eos": True, "stream_options": {"include_usage": True}, "cache_salt": f"clients-{id(self)}",
+            **self.extra,
         }  # fmt: skip
         try:
             with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=DEADLINE_S + 20) as answer:
@@ -114,3 +118,9 @@ def assert_no_leaks(workers: Sequence[WorkerProcess], within_s: float = 15.0) ->
             return pages.total > 0 and pages.free + pages.cached == pages.total
 
         eventually(clean, within_s, lambda worker=worker: f"{worker.name}: {status(worker)}\n{worker.log()[-3000:]}")
+
+
+def workers_up(router: RouterProcess) -> int:
+    """How many workers the router has a live link to."""
+    answer = httpx.get(f"{router.url}/ready", timeout=10).json()
+    return sum(worker["state"] == "up" for worker in answer["workers"])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +180,16 @@ class RouterProcess(ServiceProcess):
         return None
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses now, below the range of outgoing connections, so that nobody takes them meanwhile."""
+    found: list[int] = []
+    for port in random.sample(range(21000, 32000), 200):
+        with socket.socket() as probe:
+            if len(found) < count and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """All processes of one service, ready to serve. No router when none was asked for."""
@@ -202,14 +214,26 @@ def spawn_service(
     colocated: int = 0,
     router: bool = True,
     router_settings: Mapping[str, Any] | None = None,
+    fixed_ports: bool = False,
     **worker_settings: Any,
 ) -> Iterator[Service]:
-    """Start the processes side by side and wait until all serve; `worker_settings` go to every worker."""
+    """Start the processes side by side and wait until all serve; `worker_settings` go to every worker.
+
+    With `fixed_ports` each keeps its address when it is started again, as under a supervisor.
+    """
+    ports = iter(free_ports(prefill + decode + colocated + 1) if fixed_ports else ())
+
+    def listen() -> str:
+        return f"127.0.0.1:{next(ports, 0)}"
+
     with ExitStack() as stack:
 
         def start(role: str, count: int) -> tuple[WorkerProcess, ...]:
             names = [f"{role}-{index}" for index in range(count)]
-            workers = [WorkerProcess(role, checkpoint, folder, name=name, **worker_settings) for name in names]
+            workers = [
+                WorkerProcess(role, checkpoint, folder, name=name, **{"listen": listen(), **worker_settings})
+                for name in names
+            ]
             return tuple(stack.enter_context(worker) for worker in workers)
 
         groups = {"prefill": start("prefill", prefill), "decode": start("decode", decode)}
@@ -218,6 +242,7 @@ def spawn_service(
         front = None
         if router:
             addresses = [worker.address for worker in workers]
-            process = RouterProcess(checkpoint, folder, workers=addresses, **(router_settings or {}))
+            settings = {"listen": listen(), **(router_settings or {})}
+            process = RouterProcess(checkpoint, folder, workers=addresses, **settings)
             front = stack.enter_context(process).wait_ready()
         yield Service(**groups, router=front)
