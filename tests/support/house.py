@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class Streams:
     prompts: Sequence[Sequence[int]]
     outputs: int
     extra: dict[str, object] = field(default_factory=dict)
+    salt: str = field(default_factory=lambda: secrets.token_hex(8))
     events: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _answers: list[Future[Stream]] = field(default_factory=list)
@@ -66,7 +68,7 @@ class Streams:
         start = time.monotonic()
         body = {
             "model": "model", "prompt": prompt, "max_tokens": self.outputs, "temperature": 0, "stream": True,
-            "ignore_eos": True, "stream_options": {"include_usage": True}, "cache_salt": f"clients-{id(self)}",
+            "ignore_eos": True, "stream_options": {"include_usage": True}, "cache_salt": self.salt,
             **self.extra,
         }  # fmt: skip
         try:
