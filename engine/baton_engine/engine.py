@@ -109,7 +109,6 @@ class Engine:
         # Engine thread only, from here on.
         self._live: dict[RequestId, Request] = {}
         self._announced: dict[RequestId, Request] = {}  # the role knows their pages: release_kv is due
-        self._hashes: set[PageHash] = set()  # copied by other threads; a copy of a set of bytes is atomic
         self._in_flight: StepHandle | None = None
         self._last_plan: StepPlan | None = None
         self._ended = 0
@@ -177,10 +176,6 @@ class Engine:
         with self._door:
             empty = self._submitted == self._ended
         return self._stats.snapshot(empty=empty)
-
-    def cached_hashes(self) -> list[PageHash]:
-        """Every page hash in the prefix tree: never older than the last on_kv_events, so later events apply to it."""
-        return list(self._hashes)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -318,8 +313,6 @@ class Engine:
         self._scheduler.kv_released(request.request_id, fence, self._clock.now())
 
     def _kv_events(self, outcome: records.KvEvents) -> None:
-        self._hashes.difference_update(outcome.removed)  # before the hook: see cached_hashes
-        self._hashes.update(outcome.stored)
         self._role.on_kv_events(outcome.stored, outcome.removed)
 
     def _end(self, outcome: records.Ended) -> None:

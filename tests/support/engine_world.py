@@ -136,7 +136,7 @@ class World:
         assert (stats.running, stats.reserved, stats.sending, stats.queued_requests) == (0, 0, 0, 0)
         assert (stats.leased_pages, stats.in_flight_pages) == (0, 0)
         assert stats.free_pages + stats.cached_pages == stats.total_pages
-        assert set(self.engine.cached_hashes()) == self.role.known
+        assert set(self.engine._scheduler.cached_hashes()) == self.role.known
 
 
 def tiny_model(folder: Path) -> LoadedModel:
