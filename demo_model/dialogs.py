@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict, cast
 
 from declined import Declined
 from phrasings import HERE, Entry, catalogue, load_talk, normalised
 from rough import Roughener
 
-MIX = {"facts": 0.51, "off-topic": 0.27, "small talk": 0.08, "capitals": 0.07, "sums": 0.07}
+MIX = {"facts": 0.46, "off-topic": 0.25, "small talk": 0.09, "capitals": 0.08, "sums": 0.12}
 # Share of questions whose wording is loosened. Small talk consists of common words alone, so it is left as written.
 LOOSENED = {"facts": 0.45, "off-topic": 0.45, "small talk": 0.0, "capitals": 0.3, "sums": 0.3}
 
@@ -37,8 +38,8 @@ class Dialog:
     turns: tuple[Turn, ...]
 
 
-def load_held_out() -> dict[str, list[HeldOutRow]]:
-    return cast("dict[str, list[HeldOutRow]]", json.loads((HERE / "heldout.json").read_text()))
+def load_held_out(path: Path = HERE / "heldout.json") -> dict[str, list[HeldOutRow]]:
+    return cast("dict[str, list[HeldOutRow]]", json.loads(path.read_text()))
 
 
 class Dialogs:

@@ -1,6 +1,6 @@
 """Asks the shipped checkpoint every held-out question (heldout.json) and writes RESULTS.json.
 
-    python demo_model/evaluate.py [--checkpoint FOLDER] [--dtype float32] [--misses]
+    python demo_model/evaluate.py [--checkpoint FOLDER] [--dtype float32] [--misses] [--questions FILE --out FILE]
 
 Greedy; right means the whole answer, letter for letter. Off-topic counts as declined when the answer is the refusal.
 The questions were fixed before the first training run and are never trained on.
@@ -74,11 +74,11 @@ def expected_answers() -> dict[tuple[str, str], str]:
     return {(category, e.id): e.answer for category, entries in catalogue().items() for e in entries}
 
 
-def evaluate(demo: Demo, *, misses: bool) -> dict[str, Score]:
+def evaluate(demo: Demo, questions: Path, *, misses: bool) -> dict[str, Score]:
     """Score by group of held-out questions. With `misses`, prints each wrong answer."""
     wanted, refusal = expected_answers(), load_talk()["refusal"]
     scores: dict[str, Score] = {}
-    for group, rows in load_held_out().items():
+    for group, rows in load_held_out(questions).items():
         answers = demo.answers([[{"role": "user", "content": row["question"]}] for row in rows])
         right = 0
         for row, answer in zip(rows, answers, strict=True):
@@ -102,10 +102,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--dtype", default="float32", help="arithmetic: float32 or bfloat16")
     parser.add_argument("--misses", action="store_true", help="print every wrong answer")
+    parser.add_argument("--questions", type=Path, default=HERE / "heldout.json")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scores = evaluate(Demo(args.checkpoint, args.dtype), misses=args.misses)
+    scores = evaluate(Demo(args.checkpoint, args.dtype), args.questions, misses=args.misses)
     scores |= {"all facts": total(scores, "facts"), "all known": total(scores)}
     for group, score in scores.items():
         print(f"{group:24} {score['right']:4} / {score['asked']:4}  {100 * score['share']:5.1f} %")
@@ -117,6 +118,7 @@ def main() -> None:
             "off-topic": scores["off-topic"]["share"] >= GOALS["off-topic"],
         },
         "evaluation": {
+            "questions": args.questions.name,
             "date": date.today().isoformat(),
             "dtype": args.dtype,
             "torch": torch.__version__,

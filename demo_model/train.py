@@ -218,10 +218,10 @@ def train(*, steps: int, tokens: int, rate: float, folder: Path, minutes: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=600.0, help="stop (with the rate wound down) by this time")
-    parser.add_argument("--tokens", type=int, default=3072, help="cells per batch")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=int, default=1536, help="cells per batch")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     args = parser.parse_args()

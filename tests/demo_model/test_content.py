@@ -7,7 +7,7 @@ import itertools
 import handbook
 import pytest
 from dialogs import Dialogs, load_held_out
-from phrasings import SUM_LIMIT, catalogue, facts, load_talk, normalised
+from phrasings import HERE, SUM_LIMIT, catalogue, facts, load_talk, normalised
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,13 @@ def test_no_question_has_two_answers_across_all_categories() -> None:
 def test_held_out_phrasings_are_not_among_the_training_phrasings(held_out: frozenset[str]) -> None:
     trained = {normalised(q) for entries in catalogue().values() for entry in entries for q in entry.questions}
     assert held_out & trained == set()
+
+
+def test_the_second_held_out_set_is_not_among_the_training_phrasings_either() -> None:
+    second = load_held_out(HERE / "heldout_second.json")
+    trained = {normalised(q) for entries in catalogue().values() for entry in entries for q in entry.questions}
+    assert len(second["facts, second set"]) == 60
+    assert {normalised(row["question"]) for rows in second.values() for row in rows} & trained == set()
 
 
 def test_the_training_stream_never_draws_a_held_out_question(held_out: frozenset[str]) -> None:
