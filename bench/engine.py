@@ -7,6 +7,7 @@ import queue
 import random
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -122,13 +123,12 @@ def _crash(error: BaseException, dump: Mapping[str, object]) -> None:
 
 def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) -> None:
     """Adds one row for prefill and one per decode batch size."""
-    torch.set_num_threads(threads)
     torch_dtype = getattr(torch, dtype)
     shapes = linear_shapes(QWEN3_0_6B)
     weight_bytes = BYTES[dtype] * sum(out * into for out, into in shapes)
     bench = Bench(dtype, threads)
     try:
-        tflops = gemm_tflops(torch_dtype)
+        tflops = bench.device.run(lambda: gemm_tflops(torch_dtype))
         seconds = bench.prefill_s(PROMPT_TOKENS, 1 if quick else 2)
         reached = flops_per_prompt_token(QWEN3_0_6B, PROMPT_TOKENS) * PROMPT_TOKENS / seconds / 1e12
         report.add(
@@ -136,7 +136,7 @@ def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) ->
                 ceiling_name="2048³ GEMM", goal=0.45, note=f"{PROMPT_TOKENS / seconds:.0f} tok/s")
         )  # fmt: skip
         for batch in BATCHES:
-            gbps = linear_gbps(shapes, batch, torch_dtype, repeats=1 if quick else 2)
+            gbps = bench.device.run(partial(linear_gbps, shapes, batch, torch_dtype, repeats=1 if quick else 2))
             step_s = bench.decode_step_s(batch, 8 if quick else 16)
             report.add(
                 Row(name=f"decode batch {batch}, {dtype}", value=batch / step_s, unit="tok/s",
@@ -149,7 +149,6 @@ def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) ->
 
 def prefill_alone_s(dtype: str, *, threads: int, prompt_tokens: int) -> float:
     """What one engine without any service around it needs for a prompt: the ceiling of TTFT."""
-    torch.set_num_threads(threads)
     bench = Bench(dtype, threads)
     try:
         return bench.prefill_s(prompt_tokens, 3)

@@ -8,6 +8,7 @@ It does not know steps, models or requests.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import torch
 
 from baton_common.errors import BatonError, ConfigError
 
+log = logging.getLogger("baton.device")
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 CLOSE_TIMEOUT_S = 30.0
+_LONG_WORK_S = 60.0
 
 
 class Fence(Protocol):
@@ -64,6 +68,17 @@ class Device:
     torch_device: torch.device
     stream: Stream
     native_bf16: bool  # without it a bfloat16 product is emulated: five times slower than float32 on such a CPU
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run `work` behind what is queued and wait for it, however long it takes; its exception comes out here.
+
+        Loading goes this way too: on a CPU, a second thread that ever started a compute team of its own makes every
+        later step slower, because the teams together outnumber the cores and fall asleep at each barrier.
+        """
+        launch = self.stream.submit(work)
+        while not launch.wait(_LONG_WORK_S):
+            log.info("the device is still busy with one piece of work", extra={"seconds": _LONG_WORK_S})
+        return launch.result()
 
     def close(self) -> None:
         self.stream.close()

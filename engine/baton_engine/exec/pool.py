@@ -37,7 +37,7 @@ class KvPool:
             raise ConfigError(f"a KV pool needs at least one page, got {pages}")
         shape = layout.shape(pages + 1)
         try:
-            storage = torch.zeros(prod(shape), dtype=dtype, device=device.torch_device)
+            storage = device.run(lambda: torch.zeros(prod(shape), dtype=dtype, device=device.torch_device))
         except RuntimeError:
             wanted = (pages + 1) * layout.page_bytes / 2**30
             raise ConfigError(f"no memory for {pages} KV pages ({wanted:.1f} GiB); ask for fewer pages") from None

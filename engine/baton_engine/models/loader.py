@@ -75,10 +75,15 @@ def load_model(folder: Path, *, device: Device, dtype: str = "auto", progress: P
     spec = parse_config(config)
     name = _compute_dtype(dtype, config, device)
     stored = _match(spec, folder)
-    tensors = allocate(spec, COMPUTE_DTYPES[name], device.torch_device)
-    digest = _read(spec, stored, tensors, progress)
+
+    def read() -> tuple[Decoder, str]:
+        tensors = allocate(spec, COMPUTE_DTYPES[name], device.torch_device)
+        digest = _read(spec, stored, tensors, progress)
+        return Decoder(spec, assemble(spec, tensors)), digest
+
+    decoder, digest = device.run(read)
     return LoadedModel(
-        decoder=Decoder(spec, assemble(spec, tensors)),
+        decoder=decoder,
         spec=spec,
         dtype=name,
         digest=digest,
@@ -91,17 +96,21 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
     """A model of this shape with random weights, for benchmarks and tests; no file is read."""
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}", param="dtype")
-    tensors = allocate(spec, COMPUTE_DTYPES[dtype], device.torch_device)
-    random = torch.Generator(device.torch_device).manual_seed(seed)
-    for target, tensor in tensors.items():
-        if target.field.endswith("norm"):
-            tensor.fill_(0.0 if spec.norm_wide else 1.0)
-        else:
-            bound = (3.0 / tensor.shape[-1]) ** 0.5
-            tensor.uniform_(-bound, bound, generator=random)
+
+    def draw() -> Decoder:
+        tensors = allocate(spec, COMPUTE_DTYPES[dtype], device.torch_device)
+        random = torch.Generator(device.torch_device).manual_seed(seed)
+        for target, tensor in tensors.items():
+            if target.field.endswith("norm"):
+                tensor.fill_(0.0 if spec.norm_wide else 1.0)
+            else:
+                bound = (3.0 / tensor.shape[-1]) ** 0.5
+                tensor.uniform_(-bound, bound, generator=random)
+        return Decoder(spec, assemble(spec, tensors))
+
     digest = hashlib.sha256(f"random {seed} {dtype} {spec!r}".encode()).hexdigest()[:32]
     return LoadedModel(
-        decoder=Decoder(spec, assemble(spec, tensors)),
+        decoder=device.run(draw),
         spec=spec,
         dtype=dtype,
         digest=digest,
