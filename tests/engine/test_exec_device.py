@@ -36,6 +36,18 @@ def test_work_runs_in_inference_mode(device):
     assert launch.result() is True
 
 
+def test_what_a_run_makes_may_be_written_by_other_threads(device):
+    assert device.run(threading.current_thread).name == "baton-device"
+    tensor = device.run(lambda: torch.zeros(2))
+    tensor += 1
+    assert tensor.tolist() == [1.0, 1.0]
+
+
+def test_an_error_of_a_run_comes_out_of_it(device):
+    with pytest.raises(ZeroDivisionError):
+        device.run(lambda: 1 // 0)
+
+
 def test_a_wait_ends_at_its_deadline_and_a_fence_stays_false_until_the_work_ends(device):
     gate = threading.Event()
     launch = device.stream.submit(lambda: gate.wait(5.0))

@@ -96,8 +96,7 @@ def test_float32_logits_equal_transformers_in_every_variant(variant, tmp_path, d
 def test_bfloat16_logits_equal_transformers_at_the_scale_of_its_own_initialisation(family, tmp_path, device):
     folder = tiny_checkpoint(family, tmp_path, dtype="bfloat16", initializer_range=0.02)
     ids = tokens(100, seed=2)
-    model = load_model(folder, device=device)
-    assert model.dtype == "bfloat16"
+    model = load_model(folder, device=device, dtype="bfloat16")
     assert (Driver(model, device).logits(ids) - reference(folder, torch.bfloat16)(ids)).abs().max() <= 2e-2
 
 
@@ -107,7 +106,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_transformers_is(family, tmp_path, 
     folder = tiny_checkpoint(family, tmp_path, dtype="bfloat16")
     ids = tokens(100, seed=3)
     truth = reference(folder)(ids)
-    ours = Driver(load_model(folder, device=device), device).logits(ids)
+    ours = Driver(load_model(folder, device=device, dtype="bfloat16"), device).logits(ids)
     theirs = reference(folder, torch.bfloat16)(ids)
     assert (ours - truth).abs().mean() <= 1.15 * (theirs - truth).abs().mean()
 

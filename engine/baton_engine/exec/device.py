@@ -74,8 +74,14 @@ class Device:
 
         Loading goes this way too: on a CPU, a second thread that ever started a compute team of its own makes every
         later step slower, because the teams together outnumber the cores and fall asleep at each barrier.
+        Unlike a step it runs outside inference mode: other threads may write into the tensors that it makes.
         """
-        launch = self.stream.submit(work)
+
+        def plainly() -> T:
+            with torch.inference_mode(False):
+                return work()
+
+        launch = self.stream.submit(plainly)
         while not launch.wait(_LONG_WORK_S):
             log.info("the device is still busy with one piece of work", extra={"seconds": _LONG_WORK_S})
         return launch.result()
