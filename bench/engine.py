@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import gc
 import queue
 import random
 import time
@@ -145,6 +146,8 @@ def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) ->
             )  # fmt: skip
     finally:
         bench.close()
+        del bench
+        gc.collect()  # engine and role know each other: without this gigabytes wait for a collection of small objects
 
 
 def prefill_alone_s(dtype: str, *, threads: int, prompt_tokens: int) -> float:
@@ -154,3 +157,5 @@ def prefill_alone_s(dtype: str, *, threads: int, prompt_tokens: int) -> float:
         return bench.prefill_s(prompt_tokens, 3)
     finally:
         bench.close()
+        del bench
+        gc.collect()  # engine and role know each other: without this gigabytes wait for a collection of small objects
