@@ -52,14 +52,17 @@ ROLE = Kind(group="rbac.authorization.k8s.io", version="v1", kind="Role", plural
 ROLE_BINDING = Kind(group="rbac.authorization.k8s.io", version="v1", kind="RoleBinding", plural="rolebindings")
 DISRUPTION_BUDGET = Kind(group="policy", version="v1", kind="PodDisruptionBudget", plural="poddisruptionbudgets")
 NETWORK_POLICY = Kind(group="networking.k8s.io", version="v1", kind="NetworkPolicy", plural="networkpolicies")
+INGRESS = Kind(group="networking.k8s.io", version="v1", kind="Ingress", plural="ingresses")
+HTTP_ROUTE = Kind(group="gateway.networking.k8s.io", version="v1", kind="HTTPRoute", plural="httproutes")
+ENDPOINT_SLICE = Kind(group="discovery.k8s.io", version="v1", kind="EndpointSlice", plural="endpointslices")
 SERVICE_MONITOR = Kind(group="monitoring.coreos.com", version="v1", kind="ServiceMonitor", plural="servicemonitors")
 POD_MONITOR = Kind(group="monitoring.coreos.com", version="v1", kind="PodMonitor", plural="podmonitors")
 
-OPTIONAL_KINDS = (SERVICE_MONITOR, POD_MONITOR)
+OPTIONAL_KINDS = (HTTP_ROUTE, SERVICE_MONITOR, POD_MONITOR)
 """Made only where the cluster serves them."""
 
 CHILD_KINDS = (
-    SERVICE_ACCOUNT, ROLE, ROLE_BINDING, CONFIG_MAP, SERVICE, NETWORK_POLICY, DISRUPTION_BUDGET, DEPLOYMENT,
-    SERVICE_MONITOR, POD_MONITOR,
+    SERVICE_ACCOUNT, ROLE, ROLE_BINDING, CONFIG_MAP, SERVICE, NETWORK_POLICY, DISRUPTION_BUDGET, DEPLOYMENT, INGRESS,
+    HTTP_ROUTE, SERVICE_MONITOR, POD_MONITOR,
 )  # fmt: skip
 """What a service is made of, in the order in which it is created: what a pod needs comes before the pod."""

@@ -20,7 +20,7 @@ APPLIED_ANNOTATION = f"{PREFIX}/applied-hash"
 SETTINGS_ANNOTATION = f"{PREFIX}/settings-hash"
 
 
-class Role(StrEnum):
+class Component(StrEnum):
     """What the pods of one Deployment do."""
 
     PREFILL = "prefill"
@@ -29,7 +29,7 @@ class Role(StrEnum):
     ROUTER = "router"
 
 
-WORKER_ROLES = (Role.PREFILL, Role.DECODE, Role.COLOCATED)
+WORKERS = (Component.PREFILL, Component.DECODE, Component.COLOCATED)
 
 
 def service_labels(service: str) -> dict[str, str]:
@@ -42,12 +42,12 @@ def service_labels(service: str) -> dict[str, str]:
     }
 
 
-def role_labels(service: str, role: Role) -> dict[str, str]:
+def role_labels(service: str, role: Component) -> dict[str, str]:
     """On every child that belongs to one role."""
     return {**service_labels(service), "app.kubernetes.io/component": role.value, ROLE_LABEL: role.value}
 
 
-def role_selector(service: str, role: Role) -> dict[str, str]:
+def role_selector(service: str, role: Component) -> dict[str, str]:
     """Finds the pods of one role; immutable in a Deployment, so as small as can be."""
     return {SERVICE_LABEL: label_value(service), ROLE_LABEL: role.value}
 
