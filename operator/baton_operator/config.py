@@ -34,12 +34,12 @@ class OperatorConfig:
         CommaList, Field(description="Secrets for pulling both images, comma separated, in the services' namespaces")
     ] = ()
     workers: Annotated[int, Field(ge=1, le=64, description="services reconciled at the same time")] = 4
-    resync_s: Annotated[float, Field(ge=1, description="every service is looked at again after so long, seconds")] = 300.0
+    resync_s: Annotated[float, Field(ge=1, description="every service is looked at again after, seconds")] = 300.0
     unready_resync_s: Annotated[
         float, Field(ge=0.5, description="the same while a service is not Ready: what it waits for may be unwatched")
     ] = 5.0
     request_timeout_s: Annotated[float, Field(gt=0, description="deadline of one API request, seconds")] = 10.0
-    back_off_first_s: Annotated[float, Field(gt=0, description="wait after a first failure, seconds; then doubled")] = 0.5
+    back_off_first_s: Annotated[float, Field(gt=0, description="wait after a first failure, seconds; it doubles")] = 0.5
     back_off_cap_s: Annotated[float, Field(gt=0, description="longest wait between two tries, seconds")] = 60.0
     lease_name: Annotated[str, Field(description="Lease by which replicas choose their leader")] = "baton-operator"
     lease_namespace: Annotated[str, Field(description="where that Lease lies; empty = the operator's namespace")] = ""

@@ -7,7 +7,6 @@ reconciliation starts over anyway. One object per process; use it on one event l
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -129,8 +128,11 @@ class KubeClient:
     async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str) -> bool:
         """Delete that very object, not a namesake made since. False when it was gone already."""
         body: Object = {
-            "apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background", "preconditions": {"uid": uid},
-        }  # fmt: skip
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
         try:
             await self._call("delete", "DELETE", kind, kind.path(namespace, name), body=body)
         except NotFound:
@@ -166,7 +168,7 @@ class KubeClient:
                 raw = await response.read()
                 code = response.status
                 return _answer(f"{verb} {kind.resource} {path}", code, raw, response.headers)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise KubeError(f"{verb} {kind.resource}: the API server does not answer ({reason})") from error
         finally:

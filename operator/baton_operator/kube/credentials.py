@@ -111,7 +111,7 @@ def from_kubeconfig(file: Path) -> Credentials:
     cluster = _named(document, "clusters", text(context, "cluster"), "cluster", file)
     user = _named(document, "users", text(context, "user"), "user", file)
     if mapping(user, "exec") or mapping(user, "auth-provider"):
-        raise ConfigError(f"{file}: the user logs in through a plug-in; use a token or a certificate", param="kubeconfig")
+        raise ConfigError(f"{file}: its user logs in by a plug-in; use a token or certificate", param="kubeconfig")
     token_file = text(user, "tokenFile")
     return Credentials(
         server=text(cluster, "server").rstrip("/"),

@@ -49,7 +49,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """`fixed` pods, or None: an autoscaler decides between `least` and `most`, and the operator never writes replicas."""
+    """`fixed` pods; None: an autoscaler decides between `least` and `most`, and we leave the number alone."""
 
     fixed: int | None
     least: int

@@ -18,7 +18,7 @@ READY_SERVICE = "baton.v1.Worker"  # gRPC health: loaded and taking work
 MODEL_FOLDER = "/models"
 SETTINGS_FOLDER = "/etc/baton"
 SETTINGS_FILE = "settings.yaml"
-SCRATCH_FOLDER = "/tmp"  # noqa: S108  the one writable folder of a read-only root file system
+SCRATCH_FOLDER = "/tmp"  # the one writable folder of a read-only root file system
 
 KEYS_FOLDER = "/etc/baton-keys"
 """One file per API key: a mounted Secret, so that a changed key needs no restart."""

@@ -211,7 +211,7 @@ def _mounts(plan: Blueprint, pool: Pool) -> list[Json]:
         _mount("settings", commands.SETTINGS_FOLDER, read_only=True),
     ]
     if pool.shared_memory:
-        mounts.append(_mount("shared-memory", "/dev/shm"))  # noqa: S108
+        mounts.append(_mount("shared-memory", "/dev/shm"))
     if _has_keys(plan, pool):
         mounts.append(_mount("api-keys", commands.KEYS_FOLDER, read_only=True))
     return mounts
