@@ -1,10 +1,10 @@
 """Real Kubernetes for tests: where it comes from, how it is started, and a small client for it.
 
-Three ways, best first: `BATON_TEST_KUBECONFIG` names a cluster that is there already; `control_plane` starts etcd and an
-API server (on request with controllers) on loopback ports in 3 s, without root, enough for CRDs, admission and
-server-side apply; `node` starts a whole one-node cluster with real pods in 8 s, as root. The last two use the kit in the
-folder that `BATON_TEST_CLUSTER_KIT` names, else in `../shared/cluster` beside this checkout. Whatever is started ends
-with its `with` block. Tests are marked `cluster`; without a kit they are skipped with the reason.
+Three ways, best first: `BATON_TEST_KUBECONFIG` names a cluster that is there already; `control_plane` starts etcd and
+an API server (on request with controllers) on loopback ports in 3 s, without root, enough for CRDs, admission and
+server-side apply; `node` starts a whole one-node cluster with real pods in 8 s, as root. The last two use the kit in
+the folder that `BATON_TEST_CLUSTER_KIT` names, else in `../shared/cluster` beside this checkout. Whatever is started
+ends with its `with` block. Tests are marked `cluster`; without a kit they are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Cluster:
         _wait(what, ok, timeout_s)
 
 
-# ---- where it comes from -----------------------------------------------------------------------------------------------
+# ---- where it comes from ---------------------------------------------------------------------------------------------
 def kit() -> Path | None:
     """Folder of the kit, or None."""
     folder = Path(os.environ.get(KIT_VARIABLE) or _ROOT.parent / "shared" / "cluster")
@@ -167,7 +167,7 @@ def _given() -> Cluster | None:
     return Cluster(kubeconfig=Path(path), kubectl_path="kubectl") if path else None
 
 
-# ---- starting one ------------------------------------------------------------------------------------------------------
+# ---- starting one ----------------------------------------------------------------------------------------------------
 @contextmanager
 def control_plane(folder: Path, *, controllers: bool = False) -> Iterator[Cluster]:
     """etcd and API server below `folder`; with `controllers` also Deployments, garbage collection and the like."""
@@ -202,7 +202,9 @@ def node(state: Path, *, index: int = 0, fresh: bool = True, options: Sequence[s
         return
     binaries, script = programs(), [sys.executable, str(_kit_or_fail() / "kube.py")]
     place = ["--state", str(state)]
-    up = [*script, "up", *place, "--bin", str(binaries), "--index", str(index), *(["--fresh"] if fresh else []), *options]
+    up = [*script, "up", *place, "--bin", str(binaries), "--index", str(index), *options]
+    if fresh:
+        up.append("--fresh")
     try:
         done = subprocess.run(up, capture_output=True, text=True, check=False, timeout=180)
         if done.returncode != 0:
@@ -218,7 +220,7 @@ def load_images(state: Path, *archives: Path) -> None:
     subprocess.run([sys.executable, script, "load", "--state", str(state), *map(str, archives)], check=True)
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------------
+# ---- parts -----------------------------------------------------------------------------------------------------------
 def _kit_or_fail() -> Path:
     folder = kit()
     if folder is None:

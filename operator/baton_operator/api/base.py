@@ -7,11 +7,20 @@ estimated from bounds. Knows no noun of the API and nothing of Kubernetes beyond
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -55,8 +64,27 @@ class Strict(BaseModel):
         return schema
 
 
-# A DNS label that may also name a Service: those must begin with a letter.
-Label = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
+def _integer_or_text(what: str, pattern: str, *, most: int, longest: int) -> tuple[PlainValidator, WithJsonSchema]:
+    """For a value that Kubernetes takes as a number or as text. A union would report each fault twice."""
+    form = re.compile(pattern)
+
+    def check(value: object) -> int | str:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most:
+            return value
+        if isinstance(value, str) and len(value) <= longest and form.fullmatch(value):
+            return value
+        raise ValueError(f"write {what}")
+
+    schema: JsonSchemaValue = {
+        "description": what,
+        "anyOf": [
+            {"type": "integer", "minimum": 0, "maximum": most},
+            {"type": "string", "pattern": pattern, "maxLength": longest},
+        ],
+    }
+    return PlainValidator(check), WithJsonSchema(schema)
+
+
 # Name of an object of another kind: a Secret, a claim, a profile.
 ObjectName = Annotated[
     str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
@@ -73,13 +101,15 @@ Count = Annotated[int, Field(ge=0, le=1024)]
 ShortText = Annotated[str, Field(max_length=1024)]
 # 4, "4", "500m", "16Gi": an amount of a resource.
 Quantity = Annotated[
-    int | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)],
-    Field(description="an amount: 4, 500m, 16Gi"),
+    int | str,
+    *_integer_or_text(
+        "an amount like 4, 500m or 16Gi", r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", most=2**40, longest=32
+    ),
 ]
 # 2 or "25%": how many pods, or what part of them.
 IntOrPercent = Annotated[
-    Annotated[int, Field(ge=0, le=1024)] | Annotated[str, Field(pattern=r"^(100|[1-9]?[0-9])%$", max_length=4)],
-    Field(description="a number of pods, or a part of them like 25%"),
+    int | str,
+    *_integer_or_text("a number of pods, or a part of them like 25%", "^(100|[1-9]?[0-9])%$", most=1024, longest=4),
 ]
 LabelMap = Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=64)]
 AnnotationMap = Annotated[dict[str, Annotated[str, Field(max_length=16384)]], Field(max_length=64)]

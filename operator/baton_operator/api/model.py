@@ -13,7 +13,8 @@ from baton_operator.api.rules import Place, rule
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 DEMO_URI = "baton://demo"
-_HF = r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?"
+_WORD = "[A-Za-z0-9_.-]+"    # spelled out: \w means other letters to other regular expressions
+_HF = f"hf://{_WORD}/{_WORD}(@[A-Za-z0-9_./-]+)?"
 _PVC = r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/].*)?"
 _S3 = r"s3://[a-z0-9][a-z0-9.-]+/.+"
 _URI = f"^({_HF}|{_PVC}|{_S3}|file://.+|{DEMO_URI})$"
@@ -32,7 +33,7 @@ class Model(Strict):
     ]  # fmt: skip
     revision: Annotated[
         str | None,
-        Field(pattern=r"^[\w./-]+$", max_length=256, description="branch, tag or commit on the hub; default: main"),
+        Field(pattern="^[A-Za-z0-9_./-]+$", max_length=256, description="branch, tag or commit; default: main"),
     ] = None
     served_name: Annotated[
         str | None,
@@ -49,7 +50,7 @@ class Model(Strict):
     endpoint: Annotated[
         str | None,
         Field(
-            pattern=r"^https?://[^\s/]+(/[^\s]*)?$", max_length=512,
+            pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[!-~]*)?$", max_length=512,
             description="server to fetch hf:// or s3:// from, instead of the public one",
         ),
     ] = None  # fmt: skip
@@ -68,7 +69,7 @@ class Model(Strict):
         "file:///folder (one machine only) or baton://demo",
     )  # fmt: skip
     def known_place(self) -> bool:
-        return re_full(_URI, self.uri)
+        return re.fullmatch(_URI, self.uri) is not None
 
     @rule(
         cel="!self.uri.startsWith('file://')", field="uri", places=frozenset({Place.CLUSTER}),
@@ -133,7 +134,3 @@ class Model(Strict):
             return rest.partition("@")[0]
         return rest.rstrip("/").rpartition("/")[2]
 
-
-def re_full(pattern: str, text: str) -> bool:
-    """RE2 and Python agree on these patterns, but `$` of Python also matches before a last newline."""
-    return re.compile(pattern, re.ASCII).fullmatch(text) is not None

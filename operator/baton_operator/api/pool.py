@@ -33,14 +33,15 @@ class Resources(Strict):
     limits: ResourceMap = Field(default_factory=dict)
 
     @rule(
-        cel="!self.requests.exists(k, k.endsWith('/gpu')) && !self.limits.exists(k, k.endsWith('/gpu'))",
+        cel="!(has(self.requests) && self.requests.exists(k, k.endsWith('/gpu'))) && "
+        "!(has(self.limits) && self.limits.exists(k, k.endsWith('/gpu')))",
         message="GPUs are computed from parallelism and the profile; remove them here and set parallelism.tensor",
     )
     def no_gpus(self) -> bool:
         return not any(key.endswith("/gpu") for key in (*self.requests, *self.limits))
 
     @rule(
-        cel="self.requests.all(k, !(k in self.limits) || "
+        cel="!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || "
         "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
         message="a request is above its limit; raise the limit or lower the request",
     )
@@ -53,7 +54,7 @@ class PodMetadata(Strict):
     annotations: AnnotationMap = Field(default_factory=dict)
 
     @rule(
-        cel=f"!self.labels.exists(k, k.startsWith('{GROUP}/'))", field="labels",
+        cel=f"!has(self.labels) || !self.labels.exists(k, k.startsWith('{GROUP}/'))", field="labels",
         message=f"labels that begin with {GROUP}/ belong to the operator; choose another prefix",
     )  # fmt: skip
     def leaves_our_labels(self) -> bool:

@@ -45,7 +45,7 @@ class Rule(Generic[M]):
 
     def as_validation(self) -> dict[str, str]:
         """The entry of `x-kubernetes-validations`."""
-        plain = _VALUE.sub(lambda found: found[1], self.message)
+        plain = _VALUE.sub(lambda found: f"<{found[1]}>", self.message)
         entry = {"rule": self.cel, "message": plain}
         if plain != self.message:
             entry["messageExpression"] = _expression(self.message)
@@ -85,9 +85,10 @@ def rules_of(model: type[BaseModel]) -> list[Rule[Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """One broken rule. `path` leads from the checked object to the fault, in names as written in YAML."""
+    """One broken rule. `path` leads from the checked object to the fault, `of` to the model whose rule it is."""
 
-    path: tuple[int | str, ...]
+    path: tuple[int | str, ...]    # in names as written in YAML
+    of: tuple[int | str, ...]
     rule: str
     message: str
 
@@ -108,7 +109,7 @@ def _walk(
             kept = item.transition(model, old)
         if not kept:
             where = (*path, *(item.field.split(".") if item.field else ()))
-            yield Violation(path=where, rule=item.name, message=item.text(model))
+            yield Violation(path=where, of=path, rule=item.name, message=item.text(model))
     for name, info in type(model).model_fields.items():
         before = getattr(old, name, None)
         for key, child in _children(getattr(model, name)):

@@ -34,6 +34,7 @@ def _count(pool: str, unmentioned: str) -> str:
 _PREFILL = _count("prefill", "(has(self.colocated) ? 0 : 1)")
 _DECODE = _count("decode", "(has(self.colocated) ? 0 : 1)")
 _COLOCATED = _count("colocated", "0")
+_POOLS = tuple(f"self.{role}" for role in Role)
 
 
 class ServiceSpec(Strict):
@@ -73,12 +74,14 @@ class ServiceSpec(Strict):
 
     @rule(
         cel="self.profile != 'cpu' || (self.parallelism.tensor == 1 && "
-        "[has(self.prefill), has(self.decode), has(self.colocated)].size() == 3)",
+        + " && ".join(f"(!has({own}) || !has({own}.parallelism) || {own}.parallelism.tensor == 1)" for own in _POOLS)
+        + ")",
         field="profile",
         message="profile cpu has no GPUs to spread a worker over; choose a GPU profile or set parallelism.tensor to 1",
     )
     def gpus_to_spread_over(self) -> bool:
-        return self.profile != "cpu" or all(self.tensor(role) == 1 for role in Role)
+        written = [pool.parallelism for pool in (self.prefill, self.decode, self.colocated) if pool is not None]
+        return self.profile != "cpu" or all(one is None or one.tensor == 1 for one in (self.parallelism, *written))
 
     def pool(self, role: Role) -> Pool:
         """The pool as it is meant when the user did not mention it."""
