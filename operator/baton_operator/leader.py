@@ -4,7 +4,7 @@ Story. Every replica calls `step` again and again. The Lease names its holder; e
 that has seen it unchanged for `lease_s` on its *own* clock (clocks of machines are never compared) takes it over, with
 the Lease's resourceVersion as the condition, so of two takers one gets a conflict. The holder renews every `retry_s`;
 if it cannot for `renew_s`, it stops leading by itself, `lease_s - renew_s` before anyone else may start: `leads` is
-asked before every write, so two replicas never write at one time. A holder that stops in order gives the Lease up: no wait.
+asked before every write, so two replicas never write at one time. A holder that stops in order gives the Lease up.
 
 From the death of a leader to the next: at most lease_s + retry_s * (1 + jitter) + one call; by default < 16 s.
 Knows nothing of what the leader does.

@@ -22,6 +22,7 @@ from baton_operator.objects import Object, canonical, integer, mapping, objects,
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+_METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _PAGE = 500
 _READS = frozenset({"get", "list"})
 
@@ -73,6 +74,14 @@ class KubeClient:
         if self._session is not None:
             await self._session.close()
 
+    async def exists(self, kind: Kind, namespace: str, name: str) -> bool:
+        """Asks for metadata only: contents of a Secret never come here."""
+        try:
+            await self._call("get", "GET", kind, kind.path(namespace, name), accept=_METADATA_ONLY)
+        except NotFound:
+            return False
+        return True
+
     async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
         """None when there is no such object, or the cluster does not serve the kind."""
         try:
@@ -101,9 +110,11 @@ class KubeClient:
             return False
         return any(text(resource, "name") == kind.plural for resource in objects(found, "resources"))
 
-    async def apply(self, kind: Kind, namespace: str, name: str, manifest: Object, *, subresource: str = "") -> Object:
+    async def apply(
+        self, kind: Kind, namespace: str, name: str, manifest: Object, *, subresource: str = "", manager: str = ""
+    ) -> Object:
         """Server-side apply of exactly what we own; takes over fields that others changed. Creates what is absent."""
-        query = {"fieldManager": self._manager, "force": "true", "fieldValidation": "Strict"}
+        query = {"fieldManager": manager or self._manager, "force": "true", "fieldValidation": "Strict"}
         path = kind.path(namespace, name, subresource)
         return await self._call("apply", "PATCH", kind, path, query=query, body=manifest, content=APPLY)
 
@@ -149,12 +160,13 @@ class KubeClient:
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
         content: str = "application/json",
+        accept: str = "application/json",
     ) -> Object:
         if verb not in _READS and not self._may_write():
             raise NotLeader(f"{verb} {kind.resource} left to the replica that leads now")
         if self._session is None:
             raise RuntimeError("the client is not open; use it as `async with`")
-        headers = {"Accept": "application/json", "User-Agent": self._manager}
+        headers = {"Accept": accept, "User-Agent": self._manager}
         if body is not None:
             headers["Content-Type"] = content
         if token := self._tokens.token():

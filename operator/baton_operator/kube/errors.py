@@ -36,6 +36,12 @@ class NotLeader(BatonError):
     """A write was about to happen in a replica that does not lead any more; the leader will do it."""
 
 
+class NameTaken(BatonError):
+    """An object that we need exists and belongs to somebody else."""
+
+    kind = ErrorKind.INVALID
+
+
 _TYPES: dict[int, type[KubeError]] = {404: NotFound, 409: Conflict, 410: Gone}
 
 
