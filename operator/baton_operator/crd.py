@@ -164,7 +164,7 @@ def _structural(schema: Schema, definitions: Mapping[str, Schema], where: str) -
     schema = _resolved(schema, definitions, where)
     made: Schema = {"description": " ".join(str(schema["description"]).split())} if "description" in schema else {}
     choices = _choices(schema)
-    if choices:    # integer or string
+    if choices:  # integer or string
         made["x-kubernetes-int-or-string"] = True
         made["anyOf"] = [{"type": "integer"}, {"type": "string"}]
         if {str(choice.get("type")) for choice in choices} != {"integer", "string"}:
@@ -199,12 +199,18 @@ def _object(schema: Schema, definitions: Mapping[str, Schema], where: str, made:
         inner = _structural(field, definitions, f"{where}.{name}")
         made_by_default = name not in required and "default" not in field
         if made_by_default and "properties" in inner:
-            inner["default"] = {}    # then the API server fills in the defaults inside it
+            inner["default"] = _defaults(inner)
         properties[name] = inner
     if properties:
         made["properties"] = properties
     if required:
         made["required"] = list(required)
+
+
+def _defaults(schema: Schema) -> Schema:
+    """Of a model in which nothing is written. The API server asks its rules before it fills in those inside."""
+    fields = _mapping(schema["properties"]).items()
+    return {name: field["default"] for name, field in fields if isinstance(field, dict) and "default" in field}
 
 
 def _resolved(schema: Schema, definitions: Mapping[str, Schema], where: str) -> Schema:

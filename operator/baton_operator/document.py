@@ -85,7 +85,7 @@ def parse_service(text: str, *, name: str = "service.yaml", place: Place = Place
 def _faults(root: yaml.Node, written: Mapping[str, object], error: ValidationError, place: Place) -> list[Fault]:
     errors = error.errors(include_url=False)
     found = {(_place(item["loc"]), _explain(item["type"], item["msg"])) for item in errors}
-    if errors[0]["type"] != "rule":    # rules wait until all fields are in order; ask those that can already be asked
+    if errors[0]["type"] != "rule":  # rules wait until all fields are in order; ask those that can already be asked
         found |= _rules_beside(written, [path for path, _ in found], place)
     faults = [Fault(line=_line(root, path), path=_dotted(path), message=message) for path, message in found]
     return sorted(faults, key=lambda fault: (fault.line, fault.path, fault.message))
@@ -106,9 +106,7 @@ def _rules_beside(written: Mapping[str, object], faulty: list[Location], place: 
 
 def _without(value: object, faulty: list[Location], here: Location) -> object:
     if isinstance(value, Mapping):
-        return {
-            key: _without(item, faulty, (*here, key)) for key, item in value.items() if (*here, key) not in faulty
-        }
+        return {key: _without(item, faulty, (*here, key)) for key, item in value.items() if (*here, key) not in faulty}
     return value
 
 

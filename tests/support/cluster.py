@@ -64,7 +64,7 @@ class Cluster:
 
     kubeconfig: Path
     kubectl_path: str
-    programs: Path | None = None    # folder with kubectl and helm; None = those of the PATH
+    programs: Path | None = None  # folder with kubectl and helm; None = those of the PATH
     _server: str = field(default="", init=False)
     _tls: ssl.SSLContext | None = field(default=None, init=False)
     _headers: dict[str, str] = field(default_factory=dict, init=False)
@@ -77,7 +77,7 @@ class Cluster:
         self._server = cluster["server"]
         self._tls = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
         if "client-certificate-data" in user:
-            pair = self.kubeconfig.with_suffix(".client.pem")    # the library reads certificates from files only
+            pair = self.kubeconfig.with_suffix(".client.pem")  # the library reads certificates from files only
             parts = (user["client-key-data"], user["client-certificate-data"])
             pair.touch(mode=0o600)
             pair.write_bytes(b"\n".join(base64.b64decode(part) for part in parts))
@@ -184,9 +184,7 @@ def control_plane(folder: Path, *, controllers: bool = False) -> Iterator[Cluste
     with ExitStack() as stack:
         stack.enter_context(_process(folder, _etcd(binaries, folder, client, peer)))
         stack.enter_context(_process(folder, _api_server(binaries, pki, client, api)))
-        cluster = Cluster(
-            kubeconfig=folder / "kubeconfig", kubectl_path=str(binaries / "kubectl"), programs=binaries
-        )
+        cluster = Cluster(kubeconfig=folder / "kubeconfig", kubectl_path=str(binaries / "kubectl"), programs=binaries)
         _wait("API server", lambda: _ready(cluster), _READY_S)
         if controllers:
             config = folder / "controllers.kubeconfig"
@@ -234,7 +232,7 @@ def _kube_module() -> ModuleType:
     if spec is None or spec.loader is None:
         raise ClusterFailed("the kit's kube.py cannot be loaded")
     module = importlib.util.module_from_spec(spec)
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True    # the kit's folder may be read-only
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the kit's folder may be read-only
     try:
         spec.loader.exec_module(module)
     finally:
@@ -284,13 +282,13 @@ def _process(folder: Path, command: Sequence[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        process.kill()    # nothing of it is kept
+        process.kill()  # nothing of it is kept
         process.wait()
 
 
 def _ready(cluster: Cluster) -> bool:
     try:
-        return cluster.request("GET", "/api/v1/namespaces/default").ok    # there once the server has set itself up
+        return cluster.request("GET", "/api/v1/namespaces/default").ok  # there once the server has set itself up
     except (OSError, ValueError):
         return False
 

@@ -86,9 +86,7 @@ def _integer_or_text(what: str, pattern: str, *, most: int, longest: int) -> tup
 
 
 # Name of an object of another kind: a Secret, a claim, a profile.
-ObjectName = Annotated[
-    str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
-]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]
 # A resource as the kubelet counts it, like nvidia.com/gpu or rdma/ib.
 ResourceName = Annotated[
     str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$", max_length=253)

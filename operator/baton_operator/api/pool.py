@@ -20,7 +20,7 @@ class Parallelism(Strict):
 
     @rule(
         cel="self.tensor in [1, 2, 4, 8, 16, 32, 64]", field="tensor",
-        message="tensor {tensor} does not split heads evenly between GPUs; use 1, 2, 4, 8, 16, 32 or 64",
+        message="such a number of GPUs cannot share attention heads evenly; use 1, 2, 4, 8, 16, 32 or 64",
     )  # fmt: skip
     def splits_evenly(self) -> bool:
         return self.tensor & (self.tensor - 1) == 0
@@ -106,7 +106,7 @@ class Pool(Strict):
     @rule(
         cel="!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
         field="minReplicas",
-        message="minReplicas {minReplicas} is above maxReplicas {maxReplicas}; lower the one or raise the other",
+        message="minReplicas is above maxReplicas; lower the one or raise the other",
     )
     def bounds_in_order(self) -> bool:
         return self.min_replicas is None or self.max_replicas is None or self.min_replicas <= self.max_replicas

@@ -15,4 +15,4 @@ def amount(quantity: int | str) -> Decimal:
     """`quantity` must have the form of `base.Quantity`, which every field of that type has."""
     text = str(quantity)
     number = text.rstrip("mkMGTPi")
-    return Decimal(number) * _SUFFIXES[text[len(number):]]
+    return Decimal(number) * _SUFFIXES[text[len(number) :]]

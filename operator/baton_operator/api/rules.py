@@ -2,7 +2,8 @@
 
 A rule is a method of a model that returns True when all is well, under `@rule(cel=..., message=...)`. The generated CRD
 carries the CEL, `violations` runs the method; a table test asks both for every rule. A message says what to do. Its
-`{path.to.field}` parts are filled with values on both sides. Knows no model and no file.
+`{path.to.field}` parts are filled with strings of bounded length on both sides; CEL's string() has no bound, so numbers
+cannot be shown. Knows no model and no file.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Rule(Generic[M]):
     name: str
     message: str
     check: Callable[[M], bool] | None = None
-    transition: Callable[[M, M], bool] | None = None   # (new, old); only an update can break it
-    cel: str = ""                                       # empty only for rules of Place.MACHINE
+    transition: Callable[[M, M], bool] | None = None  # (new, old); only an update can break it
+    cel: str = ""  # empty only for rules of Place.MACHINE
     field: str = ""
     places: frozenset[Place] = frozenset(Place)
 
@@ -87,7 +88,7 @@ def rules_of(model: type[BaseModel]) -> list[Rule[Any]]:
 class Violation:
     """One broken rule. `path` leads from the checked object to the fault, `of` to the model whose rule it is."""
 
-    path: tuple[int | str, ...]    # in names as written in YAML
+    path: tuple[int | str, ...]  # in names as written in YAML
     of: tuple[int | str, ...]
     rule: str
     message: str
@@ -98,9 +99,7 @@ def violations(model: BaseModel, place: Place, *, old: BaseModel | None = None) 
     return list(_walk(model, old, place, ()))
 
 
-def _walk(
-    model: BaseModel, old: BaseModel | None, place: Place, path: tuple[int | str, ...]
-) -> Iterator[Violation]:
+def _walk(model: BaseModel, old: BaseModel | None, place: Place, path: tuple[int | str, ...]) -> Iterator[Violation]:
     for item in rules_of(type(model)):
         if place not in item.places:
             continue
@@ -132,7 +131,7 @@ def _expression(message: str) -> str:
     parts: list[str] = []
     for index, part in enumerate(_VALUE.split(message)):
         if index % 2:
-            parts.append(f"string(self.{part})")
+            parts.append(f"self.{part}")
         elif part:
             parts.append("'" + part.replace("\\", "\\\\").replace("'", "\\'") + "'")
     return " + ".join(parts)
