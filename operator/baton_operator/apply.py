@@ -1,8 +1,8 @@
 """Makes the cluster have the planned objects, and no others of the service: applies, prunes, hands replicas over.
 
-Invariants: an object that already says what we want is not written to; nothing is taken from another owner; only objects
-that carry the service's label *and* its uid as owner are deleted. An object whose fields a webhook keeps rewriting is
-applied once and then left alone, instead of fighting for ever.
+Invariants: an object that already says what we want is not written to; nothing is taken from another owner; only
+objects that carry the service's label *and* its uid as owner are deleted. An object whose fields a webhook keeps
+rewriting is applied once and then left alone, instead of fighting for ever.
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ class Applier:
         applied: list[str] = []
         refused: list[str] = []
         deleted = [await self._delete(kind, item) for kind, item in live.strays]
-        for item in children:
+        for child in children:
             try:
-                if await self._ensure(item, live.own.get(item.key), uid):
-                    applied.append(f"{item.kind.kind}/{item.name}")
+                if await self._ensure(child, live.own.get(child.key), uid):
+                    applied.append(f"{child.kind.kind}/{child.name}")
             except KubeError as error:
                 if not error.refused:
                     raise
-                refused.append(f"{item.kind.kind} {item.name}: {error.message}")
-        wanted = {item.key for item in children}
+                refused.append(f"{child.kind.kind} {child.name}: {error.message}")
+        wanted = {child.key for child in children}
         kinds = {kind.resource: kind for kind in CHILD_KINDS}
         for key, item in live.own.items():
             if key not in wanted and not text(item, "metadata", "deletionTimestamp"):

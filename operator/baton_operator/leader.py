@@ -58,7 +58,6 @@ class LeaderElection:
         clock: Clock,
         wall: Callable[[], datetime],
         times: LeaseTimes,
-        on_change: Callable[[bool], None],
         dice: random.Random | None = None,
     ) -> None:
         self._client = client
@@ -68,8 +67,8 @@ class LeaderElection:
         self._clock = clock
         self._wall = wall
         self._times = times
-        self._on_change = on_change
         self._dice = dice or random.Random()
+        self.on_change: Callable[[bool], None] = _nothing  # told of every change of `leads`
         self._seen = ""  # the Lease's spec when it last changed
         self._seen_s = 0.0
         self._renewed_s: float | None = None  # when our last successful write was *sent*
@@ -100,7 +99,7 @@ class LeaderElection:
         if self.leads != self._told:
             self._told = not self._told
             log.info("leading" if self._told else "not leading any more", extra={"identity": self._identity})
-            self._on_change(self._told)
+            self.on_change(self._told)
 
     async def release(self) -> None:
         """Let the next replica start at once. Best effort, within the call's own deadline."""
@@ -165,3 +164,7 @@ class LeaderElection:
             "metadata": {**metadata, "resourceVersion": version} if version else metadata,
             "spec": spec,
         }
+
+
+def _nothing(leads: bool) -> None:
+    """Nobody wants to know."""

@@ -1,7 +1,7 @@
 """One pass over one service: look at everything, change what is not as planned, say how it stands.
 
-Level-triggered: a pass knows nothing of what happened, only of what is. It may be started at any time, broken off at any
-point and run twice; the next one finds the rest. In a settled cluster a pass only reads.
+Level-triggered: a pass knows nothing of what happened, only of what is. It may be started at any time, broken off at
+any point and run twice; the next one finds the rest. In a settled cluster a pass only reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from baton_common.errors import BatonError
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService, ServiceStatus, Unplaceable
 from baton_operator.apply import Applier, Changes, Live
 from baton_operator.kube.client import KubeClient
-from baton_operator.kube.errors import NameTaken
+from baton_operator.kube.errors import KubeError, NameTaken
 from baton_operator.kube.kinds import ACCELERATOR_PROFILE, CLAIM, INFERENCE_SERVICE, SECRET, Kind
 from baton_operator.objects import Object, canonical, integer, mapping, objects, text, texts
 from baton_operator.plan.blueprint import Blueprint
@@ -91,6 +91,11 @@ class Reconciler:
             except (Refused, NameTaken) as error:
                 reason = error.reason if isinstance(error, Refused) else "NameTaken"
                 return await self._refuse(service, Finding(status="False", reason=reason, message=error.message))
+            except KubeError as error:
+                if not error.refused:
+                    raise
+                message = f"{error.message}; check the permissions of the operator"
+                return await self._refuse(service, Finding(status="False", reason="ApiRefused", message=message))
 
     async def _converge(self, namespace: str, name: str, service: Object) -> Outcome:
         facts = self._facts()
@@ -163,7 +168,7 @@ class Reconciler:
                 found[condition] = Finding(
                     status="False",
                     reason="SecretNotFound" if kind is SECRET else "ClaimNotFound",
-                    message=f"there is no {kind.kind} {name} in namespace {plan.namespace}; create it, or change {where}",
+                    message=f"no {kind.kind} {name} exists in namespace {plan.namespace}; create it, or change {where}",
                 )
         return found
 

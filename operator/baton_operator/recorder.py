@@ -1,7 +1,7 @@
 """Kubernetes Events about a service: few, and each thing once.
 
-The same (type, reason, message) about a service is written again only after `_REPEAT_S`; a service that changes its mind
-all the time gets at most `_BURST` events, refilled one per `_REFILL_S`. Events are a courtesy: one that cannot be
+The same (type, reason, message) about a service is written again only after `_REPEAT_S`; a service that changes its
+mind all the time gets at most `_BURST` events, refilled one per `_REFILL_S`. Events are a courtesy: one that cannot be
 written is logged and forgotten.
 """
 
