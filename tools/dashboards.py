@@ -63,6 +63,8 @@ HANDOFFS = rate("baton_router_placed_total", 'how="handoff",<S>')
 HANDOFF_RATIO = f"({HANDOFFS} or vector(0)) / {rate('baton_router_placed_total')}"
 HIT_RATIO = f"{rate('baton_router_cached_tokens_total')} / {rate('baton_router_prompt_tokens_total')}"
 WORKERS = "sum by (role) (max by (role, address) (baton_router_worker_up{<S>}))"
+# only the leader keeps the conditions up to date
+READY = "baton_operator_service_ready{<O>} and on (pod) baton_operator_leader == 1"
 
 OVERVIEW = Dashboard(
     uid="baton-service",
@@ -70,7 +72,7 @@ OVERVIEW = Dashboard(
     text="What clients see of a service, and the pools behind it.",
     rows=(
         ("Now", (
-            Panel(title="Ready", kind="stat", width=4, queries=(("{{service}}", "baton_operator_service_ready{<O>}"),),
+            Panel(title="Ready", kind="stat", width=4, queries=(("{{service}}", READY),),
                   text="1 = the InferenceService is Ready."),
             Panel(title="Requests per second", kind="stat", unit="reqps", width=4,
                   queries=(("", rate("baton_router_requests_total")),)),
@@ -108,7 +110,7 @@ OVERVIEW = Dashboard(
         )),
         ("Pools", (
             Panel(title="Pool sizes", queries=(
-                ("{{role}} desired", "sum by (role) (baton_operator_service_desired{<O>})"),
+                ("{{role}} known", "count by (role) (max by (role, address) (baton_router_worker_up{<S>}))"),
                 ("{{role}} taking requests", WORKERS))),
             Panel(title="Waiting and running", queries=(
                 ("{{serving_baton_dev_role}} waiting",
