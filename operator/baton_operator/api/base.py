@@ -101,7 +101,7 @@ ShortText = Annotated[str, Field(max_length=1024)]
 Quantity = Annotated[
     int | str,
     *_integer_or_text(
-        "an amount like 4, 500m or 16Gi", r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", most=2**40, longest=32
+        "an amount like 4, 500m or 16Gi", r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", most=2**60, longest=32
     ),
 ]
 # 2 or "25%": how many pods, or what part of them.

@@ -14,5 +14,5 @@ _SUFFIXES = {
 def amount(quantity: int | str) -> Decimal:
     """`quantity` must have the form of `base.Quantity`, which every field of that type has."""
     text = str(quantity)
-    number = text.rstrip("mkMGTPi")
+    number = text.rstrip("mkKMGTPi")
     return Decimal(number) * _SUFFIXES[text[len(number) :]]
