@@ -17,6 +17,7 @@ from baton_common.errors import BatonError
 from baton_operator.config import OperatorConfig
 from baton_operator.kube.errors import Conflict, KubeError, NotLeader
 from baton_operator.metrics import OperatorMetrics
+from baton_operator.objects import Object, text
 from baton_operator.reconcile import Outcome
 from baton_operator.workqueue import BackOff, WorkQueue
 
@@ -69,6 +70,11 @@ class Controller:
         key = ServiceKey(namespace, name)
         self._known[key] = profile
         self._add(key, 0.0)
+
+    def service_listed(self, service: Object) -> None:
+        """As `service_changed`, for one that may have been overheard."""
+        namespace, name = text(service, "metadata", "namespace"), text(service, "metadata", "name")
+        self.service_changed(namespace, name, text(service, "spec", "profile"))
 
     def service_gone(self, namespace: str, name: str) -> None:
         key = ServiceKey(namespace, name)

@@ -1,6 +1,6 @@
 """`baton-operator`: settings, credentials, one process. Exit codes: 0 stopped, 1 broke down, 2 refused to start.
 
-Owner of every task: leader election, workers, look-up of facts, health server, and kopf's watching, whose end (a
+Owner of every task: leader election, workers, resync, health server, and kopf's watching, whose end (a
 signal) ends all others. The Lease is given up last, after the last write.
 """
 
@@ -29,6 +29,7 @@ from baton_operator.health import serving
 from baton_operator.kube.client import KubeClient
 from baton_operator.kube.credentials import Credentials, find_credentials
 from baton_operator.kube.errors import KubeError
+from baton_operator.kube.kinds import INFERENCE_SERVICE
 from baton_operator.leader import LeaderElection, LeaseTimes
 from baton_operator.metrics import OperatorMetrics
 from baton_operator.plan.intake import Platform
@@ -100,7 +101,7 @@ class _Operator:
                     tasks = [
                         asyncio.create_task(election.run(), name="leader election"),
                         asyncio.create_task(controller.run(), name="workers"),
-                        asyncio.create_task(self._keep_facts(client), name="facts"),
+                        asyncio.create_task(self._resync(client, controller), name="resync"),
                         asyncio.create_task(
                             watch(controller, self._credentials, config, ready=watching), name="watching"
                         ),
@@ -142,13 +143,17 @@ class _Operator:
                 log.warning("waiting for the API server: %s", error)
                 await asyncio.sleep(_FACTS_RETRY_S)
 
-    async def _keep_facts(self, client: KubeClient) -> None:
+    async def _resync(self, client: KubeClient, controller: Controller) -> None:
+        """Facts and the list of services anew: a watch that went deaf costs one resync, not everything after it."""
         while True:
             await asyncio.sleep(self._config.resync_s)
             try:
                 self._facts = await look_up(client, self._config)
+                for namespace in self._config.namespaces or ("",):
+                    for service in await client.list(INFERENCE_SERVICE, namespace):
+                        controller.service_listed(service)
             except KubeError as error:
-                log.warning("facts about the cluster not renewed: %s", error)
+                log.warning("resync: %s", error)
 
 
 async def _until_first_ends(tasks: Sequence[asyncio.Task[None]]) -> int:

@@ -29,7 +29,7 @@ from baton_operator.kube.kinds import (
 from baton_operator.plan.labels import PREFIX, SERVICE_ANNOTATION, SERVICE_LABEL
 
 _WATCHED_CHILDREN = (*(kind for kind in CHILD_KINDS if kind not in OPTIONAL_KINDS), POD)
-_SERVER_TIMEOUT_S = 300.0  # a watch is renewed by the server after this
+_SERVER_TIMEOUT_S = 300    # an integer in the URL; a watch is renewed by the server after this
 _CLIENT_TIMEOUT_S = 330.0  # and given up by us after this: a silently dead connection lasts no longer
 _CONNECT_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 30.0
