@@ -62,6 +62,22 @@ def test_the_schema_refuses(change: dict[str, Any]) -> None:
         InferenceService.parse(service(change))
 
 
+@pytest.mark.parametrize(
+    ("spec", "fault"),
+    [
+        ({"model": {"uri": "file://./a"}, "transport": {"wire": "shm"}}, None),
+        ({"model": {"uri": "s3://abc/d"}}, "use hf://, file:// or baton://demo"),
+        ({"model": {"uri": "pvc://a"}}, "use hf://, file:// or baton://demo"),
+        ({"transport": {"wire": "nixl"}}, "the nixl wire joins machines of a cluster; on this machine use"),
+        ({"decode": {"replicas": 0}}, "or neither and use colocated"),
+    ],
+)
+def test_one_machine_has_rules_of_its_own(spec: dict[str, Any], fault: str | None) -> None:
+    found = violations(InferenceService.model_validate(service(spec)), Place.MACHINE)
+    assert len(found) == (fault is not None)
+    assert all(str(fault) in item.message for item in found)
+
+
 def test_parse_names_every_broken_rule_with_its_path() -> None:
     with pytest.raises(ValidationError) as caught:
         InferenceService.parse(service({"decode": {"minReplicas": 3}, "transport": {"wire": "shm"}}))

@@ -276,6 +276,7 @@ PROFILES = [
 MISFITS: dict[str, Tree] = {
     "unknown-field": {"prefil": {}},
     "unknown-field-deep-down": {"decode": {"resources": {"request": {}}}},
+    "kv-dtype-of-one-role": {"decode": {"kvDtype": "float32"}},
     "no-model": {"model": {"uri": None}},
     "text-for-a-number": {"router": {"port": "8000"}},
     "number-for-text": {"model": {"revision": 1}},

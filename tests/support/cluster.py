@@ -19,6 +19,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import yaml
 
 KUBECONFIG_VARIABLE = "BATON_TEST_KUBECONFIG"
 KIT_VARIABLE = "BATON_TEST_CLUSTER_KIT"
@@ -70,18 +69,17 @@ class Cluster:
     _headers: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        config = yaml.safe_load(self.kubeconfig.read_text())
-        context = next(c["context"] for c in config["contexts"] if c["name"] == config["current-context"])
-        cluster = next(c["cluster"] for c in config["clusters"] if c["name"] == context["cluster"])
-        user = next(u["user"] for u in config["users"] if u["name"] == context["user"])
+        config = json.loads(self.kubectl("config", "view", "--raw", "--flatten", "--minify", "-o", "json"))
+        cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
         self._server = cluster["server"]
-        self._tls = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
+        authority = base64.b64decode(cluster.get("certificate-authority-data", "")).decode()
+        self._tls = ssl.create_default_context(cadata=authority or None)
         if "client-certificate-data" in user:
-            pair = self.kubeconfig.with_suffix(".client.pem")  # the library reads certificates from files only
             parts = (user["client-key-data"], user["client-certificate-data"])
-            pair.touch(mode=0o600)
-            pair.write_bytes(b"\n".join(base64.b64decode(part) for part in parts))
-            self._tls.load_cert_chain(pair)
+            with tempfile.NamedTemporaryFile() as pair:  # the library reads certificates from files only
+                pair.write(b"\n".join(base64.b64decode(part) for part in parts))
+                pair.flush()
+                self._tls.load_cert_chain(pair.name)
         if "token" in user:
             self._headers["Authorization"] = f"Bearer {user['token']}"
 
