@@ -188,7 +188,7 @@ def _model(plan: Blueprint, wanted: Desired, seen: Seen) -> Finding:
         return Finding(status="Unknown", reason="NoPods", message="no worker pod looks for the model yet")
     if any(_pod_condition(pod, "Ready") == "True" for pod in pods):
         return Finding(status="True", reason="Loaded", message=f"{plan.model.uri} is loaded")
-    if plan.model.fetched and not any(_fetched(pod) for pod in pods):
+    if any(_fetching(pod) for pod in pods):
         return Finding(status="False", reason="Fetching", message=f"{plan.model.uri} is being fetched")
     if not any(mapping(status, "state", "running") for pod in pods for status in _containers(pod)):
         return Finding(status="False", reason="Waiting", message="no worker has started, so none has seen the model")
@@ -199,11 +199,9 @@ def _containers(pod: Object) -> list[Object]:
     return objects(pod, "status", "containerStatuses")
 
 
-def _fetched(pod: Object) -> bool:
+def _fetching(pod: Object) -> bool:
     return any(
-        text(status, "name") == FETCH_CONTAINER
-        and bool(mapping(status, "state", "terminated"))
-        and integer(status, "state", "terminated", "exitCode") == 0
+        text(status, "name") == FETCH_CONTAINER and bool(mapping(status, "state", "running"))
         for status in objects(pod, "status", "initContainerStatuses")
     )
 

@@ -150,6 +150,10 @@ class KubeClient:
             return False
         return True
 
+    def _check_lead(self, verb: str, kind: Kind) -> None:
+        if verb not in _READS and not self._may_write():
+            raise NotLeader(f"{verb} {kind.resource} left to the replica that leads now")
+
     async def _call(
         self,
         verb: str,
@@ -162,8 +166,7 @@ class KubeClient:
         content: str = "application/json",
         accept: str = "application/json",
     ) -> Object:
-        if verb not in _READS and not self._may_write():
-            raise NotLeader(f"{verb} {kind.resource} left to the replica that leads now")
+        self._check_lead(verb, kind)
         if self._session is None:
             raise RuntimeError("the client is not open; use it as `async with`")
         headers = {"Accept": accept, "User-Agent": self._manager}

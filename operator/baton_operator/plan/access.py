@@ -13,7 +13,7 @@ from baton_operator.plan.labels import Component
 from baton_operator.plan.names import child_name
 from baton_operator.plan.settings import settings_text
 
-_SEE = ("get", "list", "watch")
+_SEE = ["get", "list", "watch"]
 
 
 def identities(plan: Blueprint) -> Iterator[Child]:
