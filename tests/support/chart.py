@@ -170,7 +170,10 @@ def _uses(node: Any, grouped: frozenset[str]) -> Iterator[Use]:
             yield from _uses(part, grouped)
     elif isinstance(node, promql.BinaryExpr):
         yield from _uses(node.lhs, grouped)
-        yield from _uses(node.rhs, grouped)
+        matched = frozenset(node.modifier.matching.labels) if node.modifier and node.modifier.matching else frozenset()
+        # the right side of `and` and `unless` only filters: its labels never reach the result
+        filters = str(node.op) in ("and", "unless")
+        yield from _uses(node.rhs, matched if filters else grouped | matched)
     elif isinstance(node, promql.ParenExpr | promql.UnaryExpr | promql.SubqueryExpr):
         yield from _uses(node.expr, grouped)
     elif not isinstance(node, promql.NumberLiteral | promql.StringLiteral):

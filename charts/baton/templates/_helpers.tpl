@@ -70,3 +70,12 @@ meta.helm.sh/release-namespace: {{ .Release.Namespace }}
 {{- end -}}
 {{- include "baton.image" (dict "image" (dict "repository" .Values.serving.workerImage.repository "tag" $tag "digest" "") "root" .) -}}
 {{- end -}}
+
+{{- /* The text of one object whose metadata begins a line, with our labels and the annotations added. */ -}}
+{{- define "baton.withMetadata" -}}
+{{- $added := dict "labels" (include "baton.labels" .root | fromYaml) -}}
+{{- with .annotations -}}
+{{- $_ := set $added "annotations" . -}}
+{{- end -}}
+{{- .text | replace "\nmetadata:\n" (printf "\nmetadata:\n%s\n" (toYaml $added | indent 2)) -}}
+{{- end -}}
