@@ -81,7 +81,7 @@ def _equal(desired: Json, live: Json) -> bool:
         # True == 1 in Python, not in JSON
         return isinstance(desired, bool) == isinstance(live, bool)
     if desired is None or live is None:
-        return desired in (None, "", False, 0) and live is None
+        return False
     if isinstance(desired, bool) or isinstance(live, bool):
         return False
     if isinstance(desired, str | int | float) and isinstance(live, str | int | float):

@@ -142,9 +142,12 @@ class FakeServer:
             before = self.applied.get((path, manager), {})
             self.applied[path, manager] = copy.deepcopy(body)
             new = _overlay(_without(copy.deepcopy(old), before, body), body)
+        elif verb == "update":
+            new = copy.deepcopy(body)
+            new["metadata"]["uid"] = old["metadata"]["uid"]
         else:
             new = _overlay(copy.deepcopy(old), body)
-            new["metadata"].pop("resourceVersion", None)
+        new["metadata"].pop("resourceVersion", None)
         if wanted.get("finalizers") == []:
             new["metadata"]["finalizers"] = []
         return self._save(place, new)
