@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ async def watch(
 ) -> None:
     """Until SIGTERM or SIGINT, which kopf handles, or until cancelled. Sets `ready` once it watches."""
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    kopf_identity: Any = platform.node()
     await kopf.operator(
         registry=_registry(controller, credentials),
         settings=_settings(config),
@@ -72,6 +74,8 @@ async def watch(
         clusterwide=not config.namespaces,
         namespaces=config.namespaces,
         ready_flag=ready,
+        # unused, but kopf would make one from the user's name, which a numeric user of a pod does not have
+        identity=kopf_identity,
     )
 
 
