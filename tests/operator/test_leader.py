@@ -1,4 +1,4 @@
-"""Leader election on a clock that the test owns: one leader at a time, a quick successor, no trust in foreign clocks."""
+"""Leader election on a clock of the test: one leader at a time, a quick successor, no trust in foreign clocks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.operator_world import FakeKube, FakeServer
 
 from baton_common.clock import ManualClock
 from baton_common.errors import ConfigError
 from baton_operator.kube.errors import KubeError, NotLeader
 from baton_operator.kube.kinds import LEASE, SERVICE
 from baton_operator.leader import LeaderElection, LeaseTimes
-from support.operator_world import FakeKube, FakeServer
 
 TIMES = LeaseTimes()
 

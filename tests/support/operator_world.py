@@ -153,7 +153,7 @@ class FakeServer:
         return self._save(place, new)
 
     def _matching(self, path: str, selector: str) -> list[Tree]:
-        plural, namespace = path.rpartition("/")[2], path.split("/namespaces/")[-1].split("/")[0]
+        plural, namespace = path.rpartition("/")[2], path.partition("/namespaces/")[2].partition("/")[0]
         found = []
         for own, item in self.store.items():
             parts = own.split("/")
