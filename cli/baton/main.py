@@ -124,13 +124,17 @@ def status(name: Name = None) -> None:
 
 
 @app.command()
-def validate(file: Annotated[Path, typer.Argument(help="YAML with one InferenceService")]) -> None:
-    """Check a service file; every fault is named with its line."""
+def validate(
+    file: Annotated[Path, typer.Argument(help="YAML with one InferenceService")],
+    local: Annotated[bool, typer.Option("--local", help="for `baton up` on this machine, not for a cluster")] = False,
+) -> None:
+    """Check a service file by the rules of the cluster; every fault is named with its line."""
+    from baton_operator.api import Place, Role
     from baton_operator.document import read_service
 
-    service = read_service(file)
+    service = read_service(file, place=Place.MACHINE if local else Place.CLUSTER)
     spec = service.spec
-    workers = f"{spec.prefill.replicas} prefill, {spec.decode.replicas} decode, {spec.colocated.replicas} colocated"
+    workers = ", ".join(f"{spec.pool(role).least} {role}" for role in Role)
     sys.stdout.write(f"{file}: {service.metadata.name} is valid: {spec.model.uri}, {workers}\n")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from baton.deployment import DEFAULT_PORT, LOOPBACK, Deployment
 from baton_common.checkpoint import resolve_checkpoint
 from baton_common.errors import ConfigError
+from baton_operator.api import DEMO_URI, InferenceService, Role
 from baton_operator.document import read_service
-from baton_operator.spec import InferenceService
 
 DEMO_NAME = "baton-demo"
 _SERVICE_SUFFIXES = (".yaml", ".yml")
@@ -100,10 +100,13 @@ def _from_target(target: str | None) -> _Wanted:
 
 
 def _from_service(service: InferenceService, target: str | None) -> _Wanted:
-    scheme, _, rest = service.spec.model.uri.partition("://")
+    model = service.spec.model
+    if model.uri == DEMO_URI:
+        return _Wanted(location=str(demo_checkpoint()), called=model.name)
+    scheme, _, rest = model.uri.partition("://")
     if scheme == "hf":
         name, _, revision = rest.partition("@")
-        return _Wanted(location=name, called=name, revision=revision or None)
+        return _Wanted(location=name, called=model.name, revision=model.revision or revision or None)
     folder = Path(target or ".").resolve().parent / rest    # an absolute path stays what it is
     return _Wanted(location=str(folder), called=folder.resolve().name)
 
@@ -111,8 +114,8 @@ def _from_service(service: InferenceService, target: str | None) -> _Wanted:
 def _counts(options: UpOptions, service: InferenceService | None) -> tuple[int, int, int]:
     """Prefill, decode and colocated workers. Asking only for colocated ones asks for no others."""
     if service:
-        spec = service.spec
-        base = (spec.prefill.replicas, spec.decode.replicas, spec.colocated.replicas)
+        pools = [service.spec.pool(role) for role in (Role.PREFILL, Role.DECODE, Role.COLOCATED)]
+        base = (pools[0].least, pools[1].least, pools[2].least)
     else:
         base = (0, 0, 0) if options.colocated and options.prefill is None and options.decode is None else (1, 1, 0)
     return (

@@ -1,20 +1,23 @@
 """Reads InferenceServices from YAML and says, of every fault, which line it is on.
 
-Invariant: all faults of a document are reported, not only the first. YAML's silent traps are faults here too: a key
-that is written twice (the last would win), and anything but exactly one document.
+Invariant: all faults of a document are reported, not only the first, in the words of the API server's rules. YAML's
+silent traps are faults here too: a key that is written twice (the last would win), and anything but one document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import yaml
 from pydantic import ValidationError
 
 from baton_common.errors import BatonError, ErrorKind
-from baton_operator.spec import InferenceService
+from baton_operator.api import InferenceService, Place, violations
+
+Location: TypeAlias = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +40,17 @@ class InvalidDocument(BatonError):
         self.faults = faults
 
 
-def read_service(file: Path) -> InferenceService:
-    """The one InferenceService in `file`. Raises InvalidDocument, also when the file cannot be read."""
+def read_service(file: Path, *, place: Place = Place.MACHINE) -> InferenceService:
+    """The one InferenceService in `file`, for `place`. Raises InvalidDocument, also when the file cannot be read."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InvalidDocument(str(file), [Fault(line=1, path="", message=f"cannot be read: {reason}")]) from None
-    return parse_service(text, name=str(file))
+    return parse_service(text, name=str(file), place=place)
 
 
-def parse_service(text: str, *, name: str = "service.yaml") -> InferenceService:
+def parse_service(text: str, *, name: str = "service.yaml", place: Place = Place.MACHINE) -> InferenceService:
     """The one InferenceService in `text`; `name` stands before each fault. Raises InvalidDocument."""
     try:
         documents = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
@@ -67,22 +70,49 @@ def parse_service(text: str, *, name: str = "service.yaml") -> InferenceService:
     if traps := list(_traps(root, ())):
         raise InvalidDocument(name, traps)
     try:
-        return InferenceService.model_validate(yaml.safe_load(text))
+        written = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:  # well-formed, but a value cannot be made: a strange tag, a month 13
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InvalidDocument(name, [Fault(line=line, path="", message=f"not usable YAML: {error.problem}")]) from None
     except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise InvalidDocument(name, [Fault(line=1, path="", message=f"not usable YAML: {error}")]) from None
-        raise InvalidDocument(name, _faults(root, error)) from None
+        raise InvalidDocument(name, [Fault(line=1, path="", message=f"not usable YAML: {error}")]) from None
+    try:
+        return InferenceService.parse(written, place=place)
+    except ValidationError as error:
+        raise InvalidDocument(name, _faults(root, written, error, place)) from None
 
 
-def _faults(root: yaml.Node, error: ValidationError) -> list[Fault]:
-    faults = [
-        Fault(line=_line(root, item["loc"]), path=_dotted(item["loc"]), message=_explain(item["type"], item["msg"]))
-        for item in error.errors(include_url=False)
-    ]
-    return sorted(faults, key=lambda fault: fault.line)
+def _faults(root: yaml.Node, written: Mapping[str, object], error: ValidationError, place: Place) -> list[Fault]:
+    errors = error.errors(include_url=False)
+    found = {(_place(item["loc"]), _explain(item["type"], item["msg"])) for item in errors}
+    if errors[0]["type"] != "rule":  # rules wait until all fields are in order; ask those that can already be asked
+        found |= _rules_beside(written, [path for path, _ in found], place)
+    faults = [Fault(line=_line(root, path), path=_dotted(path), message=message) for path, message in found]
+    return sorted(faults, key=lambda fault: (fault.line, fault.path, fault.message))
+
+
+def _rules_beside(written: Mapping[str, object], faulty: list[Location], place: Place) -> set[tuple[Location, str]]:
+    """Broken rules of the parts that no faulty field belongs to."""
+    try:
+        service = InferenceService.model_validate(_without(written, faulty, ()))
+    except ValidationError:
+        return set()
+    return {
+        (item.path, item.message)
+        for item in violations(service, place)
+        if not any(path[: len(item.of)] == item.of for path in faulty)
+    }
+
+
+def _without(value: object, faulty: list[Location], here: Location) -> object:
+    if isinstance(value, Mapping):
+        return {key: _without(item, faulty, (*here, key)) for key, item in value.items() if (*here, key) not in faulty}
+    return value
+
+
+def _place(location: tuple[int | str, ...]) -> Location:
+    """Without the mark that pydantic puts behind the key of a map when the key is at fault."""
+    return location[:-1] if location[-1:] == ("[key]",) else location
 
 
 def _explain(kind: str, message: str) -> str:
@@ -93,11 +123,11 @@ def _explain(kind: str, message: str) -> str:
     return message.removeprefix("Value error, ")
 
 
-def _dotted(path: tuple[int | str, ...]) -> str:
+def _dotted(path: Location) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _line(root: yaml.Node, path: tuple[int | str, ...]) -> int:
+def _line(root: yaml.Node, path: Location) -> int:
     """Line of the key at `path`, or of the nearest thing above it that is written down."""
     line, node = root.start_mark.line, root
     for part in path:

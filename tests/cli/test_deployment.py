@@ -122,6 +122,12 @@ def test_a_flag_wins_over_the_service_file(service: Path) -> None:
     assert (wanted.served_name, service_name(options, "default")) == ("x", "n")
 
 
+def test_a_service_file_may_ask_for_the_demo_model(service: Path) -> None:
+    service.write_text(SERVICE.replace('"file://./weights", servedName: tiny', '"baton://demo"'))
+    wanted = deployment(UpOptions(target=str(service)))
+    assert (wanted.model, wanted.served_name) == (str(demo_checkpoint()), DEMO_NAME)
+
+
 def test_a_checkpoint_folder_is_served_under_its_own_name(service: Path) -> None:
     wanted = deployment(UpOptions(target=str(service.parent / "weights")))
     assert (wanted.served_name, wanted.prefill, wanted.decode) == ("weights", 1, 1)

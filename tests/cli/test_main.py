@@ -35,6 +35,20 @@ def test_validate_prints_faults_like_a_compiler_and_exits_2(tmp_path: Path) -> N
     assert "Traceback" not in run.stderr
 
 
+def test_validate_asks_for_a_cluster_unless_told_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "apiVersion: serving.baton.dev/v1alpha1\nkind: InferenceService\nmetadata: {name: x}\n"
+        "spec:\n  model: {uri: file:///models/x}\n"
+    )
+    run = baton("validate", str(file), home=tmp_path)
+    assert run.returncode == 2
+    assert f"{file}:5: spec.model.uri: file:// is a folder of one machine" in run.stderr
+    run = baton("validate", "--local", str(file), home=tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "x is valid: file:///models/x, 1 prefill, 1 decode, 0 colocated" in run.stdout
+
+
 def test_explain_shows_value_and_source(tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("engine:\n  max_rows: 8\n")

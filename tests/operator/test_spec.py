@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from baton_operator.api import Place, Role, ServiceSpec
 from baton_operator.document import InvalidDocument, parse_service, read_service
 
 SMALLEST = """\
@@ -23,9 +24,13 @@ def faults(text: str) -> list[tuple[int, str, str]]:
     return [(fault.line, fault.path, fault.message) for fault in caught.value.faults]
 
 
+def workers(spec: ServiceSpec) -> tuple[int, int, int]:
+    return spec.pool(Role.PREFILL).least, spec.pool(Role.DECODE).least, spec.pool(Role.COLOCATED).least
+
+
 def test_a_model_is_enough_and_gets_one_worker_of_each_role() -> None:
     spec = parse_service(SMALLEST).spec
-    assert (spec.prefill.replicas, spec.decode.replicas, spec.colocated.replicas) == (1, 1, 0)
+    assert workers(spec) == (1, 1, 0)
     assert (spec.router.port, spec.transport.wire, spec.model.dtype) == (8000, "auto", "auto")
 
 
@@ -36,7 +41,7 @@ def test_every_field_is_taken_over() -> None:
         + "  prefill: {replicas: 2}\n  decode: {replicas: 3}\n  transport: {wire: tcp}\n  router: {port: 9000}\n"
     ).spec
     assert (spec.model.served_name, spec.model.dtype, spec.model.kv_dtype) == ("qwen", "float32", "bfloat16")
-    assert (spec.model.context_tokens, spec.prefill.replicas, spec.decode.replicas) == (4096, 2, 3)
+    assert (spec.model.context_tokens, workers(spec)) == (4096, (2, 3, 0))
     assert (spec.transport.wire, spec.router.port) == ("tcp", 9000)
 
 
@@ -47,7 +52,7 @@ def test_an_unknown_field_is_a_fault_with_its_path_and_line() -> None:
 
 
 def test_all_faults_are_reported_in_the_order_of_their_lines() -> None:
-    text = SMALLEST.replace("hf://", "s3://") + '  decode:\n    replicas: "2"\n  router: {port: 70000}\n'
+    text = SMALLEST.replace("hf://", "https://") + '  decode:\n    replicas: "2"\n  router: {port: 70000}\n'
     assert [(line, path) for line, path, _ in faults(text)] == [
         (7, "spec.model.uri"),
         (9, "spec.decode.replicas"),
@@ -75,11 +80,40 @@ def test_one_role_without_the_other_cannot_serve(pools: str) -> None:
     assert "replicas" in message
 
 
-def test_colocated_workers_serve_alone() -> None:
-    spec = parse_service(
-        SMALLEST + "  prefill: {replicas: 0}\n  decode: {replicas: 0}\n  colocated: {replicas: 2}\n"
-    ).spec
-    assert spec.colocated.replicas == 2
+def test_colocated_workers_serve_alone_once_they_are_mentioned() -> None:
+    assert workers(parse_service(SMALLEST + "  colocated: {replicas: 2}\n").spec) == (0, 0, 2)
+    none = "  prefill: {replicas: 0}\n  decode: {replicas: 0}\n"
+    assert workers(parse_service(SMALLEST + none + "  colocated: {}\n").spec) == (0, 0, 1)
+
+
+def test_null_is_absent() -> None:
+    spec = parse_service(SMALLEST + "  prefill:\n  decode: {replicas: null}\n  router: {port: }\n").spec
+    assert (workers(spec), spec.router.port) == ((1, 1, 0), 8000)
+
+
+def test_broken_rules_are_reported_beside_broken_fields() -> None:
+    text = SMALLEST + "    kvDtype: float32\n    dtype: bfloat16\n  prefill: {minReplicas: '1', maxReplicas: 0}\n"
+    assert [(line, path) for line, path, _ in faults(text)] == [
+        (8, "spec.model.kvDtype"),
+        (10, "spec.prefill.maxReplicas"),
+        (10, "spec.prefill.minReplicas"),
+    ]
+
+
+@pytest.mark.parametrize(("place", "uri"), [(Place.MACHINE, "pvc://models/a"), (Place.CLUSTER, "file:///models/a")])
+def test_a_place_refuses_what_only_the_other_can_read(place: Place, uri: str) -> None:
+    text = SMALLEST.replace("hf://Qwen/Qwen3-0.6B", uri)
+    for each in Place:
+        if each is not place:
+            assert parse_service(text, place=each).spec.model.uri == uri
+    with pytest.raises(InvalidDocument, match=r"7: spec\.model\.uri: .*use "):
+        parse_service(text, place=place)
+
+
+def test_an_amount_of_no_known_form_is_one_fault() -> None:
+    [(line, path, message)] = faults(SMALLEST + "  decode:\n    resources: {limits: {memory: 16 GB}}\n")
+    assert (line, path) == (9, "spec.decode.resources.limits.memory")
+    assert "16Gi" in message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,18 @@
+"""Amounts of resources as Kubernetes writes them, as exact numbers. Pure."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+_SUFFIXES = {
+    "m": Decimal("0.001"), "": Decimal(1), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9),
+    "T": Decimal(10**12), "P": Decimal(10**15), "Ki": Decimal(2**10), "Mi": Decimal(2**20), "Gi": Decimal(2**30),
+    "Ti": Decimal(2**40), "Pi": Decimal(2**50),
+}  # fmt: skip
+
+
+def amount(quantity: int | str) -> Decimal:
+    """`quantity` must have the form of `base.Quantity`, which every field of that type has."""
+    text = str(quantity)
+    number = text.rstrip("mkKMGTPi")
+    return Decimal(number) * _SUFFIXES[text[len(number) :]]

@@ -1,0 +1,56 @@
+"""The router of a service: how many, and how clients reach it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from baton_operator.api.base import AnnotationMap, Hostname, ObjectName, Port, Strict
+from baton_operator.api.pool import PodTemplate, Resources
+from baton_operator.api.rules import rule
+
+ServiceType = Literal["ClusterIP", "NodePort", "LoadBalancer"]
+
+
+class RouterService(Strict):
+    """The Service in front of the routers."""
+
+    type: ServiceType = "ClusterIP"
+    annotations: AnnotationMap = Field(default_factory=dict)
+
+
+class Ingress(Strict):
+    host: Hostname
+    class_name: Annotated[ObjectName | None, Field(description="default: the cluster's default IngressClass")] = None
+    tls_secret: Annotated[ObjectName | None, Field(description="Secret with the certificate; absent = http")] = None
+    annotations: AnnotationMap = Field(default_factory=dict)
+
+
+class HttpRoute(Strict):
+    """Attaches the router to a Gateway that exists."""
+
+    gateway: ObjectName
+    gateway_namespace: Annotated[ObjectName | None, Field(description="default: the service's own")] = None
+    section_name: Annotated[ObjectName | None, Field(description="one listener of the Gateway")] = None
+    hostnames: Annotated[list[Hostname], Field(max_length=16)] = Field(default_factory=list)
+
+
+class Router(Strict):
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    port: Annotated[Port, Field(description="where the Service (on one machine: the router) listens")] = 8000
+    service: RouterService = Field(default_factory=RouterService)
+    ingress: Ingress | None = None
+    http_route: HttpRoute | None = None
+    api_keys_secret: Annotated[
+        ObjectName | None, Field(description="Secret with one API key per entry; absent = open to all who reach it")
+    ] = None
+    resources: Resources | None = None
+    pod_template: PodTemplate | None = None
+
+    @rule(
+        cel="!(has(self.ingress) && has(self.httpRoute))",
+        message="ingress and httpRoute are two ways to the same router; keep one of them",
+    )
+    def one_way_in(self) -> bool:
+        return self.ingress is None or self.http_route is None

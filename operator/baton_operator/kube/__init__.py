@@ -1,0 +1,1 @@
+"""The Kubernetes API as this operator uses it: credentials, a small client, kinds, quantities. Knows no service."""

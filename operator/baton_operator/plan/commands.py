@@ -1,0 +1,77 @@
+"""Command lines inside the pods, ports, and paths. The one place that knows flags of the other rooms' programs."""
+
+from __future__ import annotations
+
+from baton_operator.objects import digest
+from baton_operator.plan.blueprint import Blueprint, ModelSource, Pool
+from baton_operator.plan.labels import Component
+from baton_operator.plan.names import child_name
+
+GRPC_PORT = 9000
+PEER_PORT = 9100
+METRICS_PORT = 9090
+HTTP_PORT = 8000
+HTTP_PORT_NAME, GRPC_PORT_NAME, PEER_PORT_NAME, METRICS_PORT_NAME = "http", "grpc", "peer", "metrics"
+ALIVE_SERVICE = ""
+READY_SERVICE = "baton.v1.Worker"  # gRPC health: loaded and taking work
+
+MODEL_FOLDER = "/models"
+SETTINGS_FOLDER = "/etc/baton"
+SETTINGS_FILE = "settings.yaml"
+SCRATCH_FOLDER = "/tmp"  # the one writable folder of a read-only root file system
+
+KEYS_FOLDER = "/etc/baton-keys"
+"""One file per API key: a mounted Secret, so that a changed key needs no restart."""
+
+_PROGRAMS = {
+    Component.PREFILL: "baton-prefill",
+    Component.DECODE: "baton-decode",
+    Component.COLOCATED: "baton-decode",
+    Component.ROUTER: "baton-router",
+}
+
+
+def worker_command(plan: Blueprint, pool: Pool) -> list[str]:
+    """`$(NAME)` is filled in by the kubelet from the container's environment."""
+    command = [
+        _PROGRAMS[pool.component], "--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}",
+        "--model", model_path(plan.model), "--model-name", plan.served_name, "--role", pool.component.value,
+        "--worker-id", "$(POD_NAME)", "--listen", f"0.0.0.0:{GRPC_PORT}", "--metrics-port", str(METRICS_PORT),
+        "--drain-s", str(pool.drain_s), "--dump-dir", SCRATCH_FOLDER,
+    ]  # fmt: skip
+    if pool.component is not Component.COLOCATED:
+        command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}", "--peer-advertise", "$(POD_IP)"]
+    if pool.tensor > 1:
+        command += ["--tensor-parallel", str(pool.tensor)]
+    return command
+
+
+def router_command(plan: Blueprint) -> list[str]:
+    """Workers are found through the EndpointSlices of their headless Services."""
+    services = ",".join(child_name(plan.name, pool.component.value) for pool in plan.workers)
+    command = [
+        _PROGRAMS[Component.ROUTER], "--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}",
+        "--model", model_path(plan.model), "--served-name", plan.served_name,
+        "--listen", f"0.0.0.0:{HTTP_PORT}", "--drain-s", str(plan.router.drain_s),
+        "--worker-services", services,
+    ]  # fmt: skip
+    return [*command, "--api-keys-folder", KEYS_FOLDER] if plan.endpoint.api_keys_secret else command
+
+
+def fetch_command(model: ModelSource, component: Component) -> list[str]:
+    """Of the init container that downloads with resume and checksums; the router wants no weights."""
+    command = ["baton-fetch", "--uri", model.uri, "--to", model_path(model)]
+    if model.revision:
+        command += ["--revision", model.revision]
+    if model.endpoint:
+        command += ["--endpoint", model.endpoint]
+    return [*command, "--only-tokenizer"] if component is Component.ROUTER else command
+
+
+def model_path(model: ModelSource) -> str:
+    """Folder of the checkpoint inside the containers."""
+    if not model.fetched:
+        folder = model.folder.strip("/")
+        return f"{MODEL_FOLDER}/{folder}" if folder else MODEL_FOLDER
+    # several services may share one cache claim
+    return f"{MODEL_FOLDER}/{digest([model.uri, model.revision, model.endpoint], length=16)}"

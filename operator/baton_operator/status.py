@@ -1,0 +1,258 @@
+"""What the operator says about a service, from what it wants and what it sees. Pure; the time is passed in as text.
+
+Ready counts pods of the *updated* revision only: old pods that still answer make nothing Ready. Conditions come in the
+order in which they become true, and `Ready` repeats reason and message of the first that is not. A condition keeps its
+lastTransitionTime until its status changes, so an unchanged service gives an unchanged status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from baton_operator.api import Condition, ConditionType, RolesStatus, RoleStatus, ServiceStatus
+from baton_operator.api.status import ConditionStatus
+from baton_operator.objects import Object, integer, mapping, objects, text
+from baton_operator.plan.blueprint import Blueprint, Pool
+from baton_operator.plan.children import Desired
+from baton_operator.plan.labels import REVISION_LABEL, WORKERS, Component, role_selector
+from baton_operator.plan.names import child_name
+from baton_operator.plan.pods import FETCH_CONTAINER
+from baton_operator.trouble import first_trouble
+
+REGISTERED_GATE = "serving.baton.dev/router-registered"
+TRANSPORT_GATE = "serving.baton.dev/kv-transport"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One condition without its times."""
+
+    status: ConditionStatus
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What lives in the cluster. `missing`: findings about things that a user has to make, by condition."""
+
+    deployments: Mapping[Component, Object] = field(default_factory=dict)
+    pods: Mapping[Component, tuple[Object, ...]] = field(default_factory=dict)
+    missing: Mapping[ConditionType, Finding] = field(default_factory=dict)
+
+
+def refused(finding: Finding, *, generation: int, previous: Object, now: str) -> ServiceStatus:
+    """Of a service that cannot be planned. What runs from before goes on; the status says nothing new about it."""
+    unknown = Finding(status="Unknown", reason="NotAccepted", message="the service is not accepted, see Accepted")
+    findings = dict.fromkeys(ConditionType, unknown)
+    findings[ConditionType.ACCEPTED] = finding
+    findings[ConditionType.PROGRESSING] = Finding(status="False", reason=finding.reason, message=finding.message)
+    findings[ConditionType.READY] = Finding(status="False", reason=finding.reason, message=finding.message)
+    kept = {name: previous[name] for name in ("roles", "url", "currentRevision", "updatedRevision") if name in previous}
+    base = ServiceStatus.model_validate(kept)
+    return base.model_copy(
+        update={"observed_generation": generation, "conditions": _dated(findings, generation, previous, now)}
+    )
+
+
+def observed(
+    plan: Blueprint, wanted: Desired, seen: Seen, *, generation: int, previous: Object, now: str
+) -> ServiceStatus:
+    """Of a service whose objects are applied."""
+    roles = {pool.component: _role(plan, wanted, seen, pool) for pool in plan.pools}
+    findings = _findings(plan, wanted, seen, roles)
+    complete = findings[ConditionType.READY].status == "True"
+    return ServiceStatus(
+        observed_generation=generation,
+        conditions=_dated(findings, generation, previous, now),
+        roles=RolesStatus(**{component.value: role for component, role in roles.items()}),
+        url=url_of(plan),
+        current_revision=wanted.revision if complete else text(previous, "currentRevision") or None,
+        updated_revision=wanted.revision,
+    )
+
+
+def as_written(status: ServiceStatus) -> Object:
+    """In the form of the API server."""
+    dumped: Object = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return dumped
+
+
+def url_of(plan: Blueprint) -> str:
+    """Where clients reach the service; from outside the cluster if there is a way."""
+    inside = f"http://{child_name(plan.name)}.{plan.namespace}.svc:{plan.endpoint.port}"
+    return plan.endpoint.public_url or inside
+
+
+def _role(plan: Blueprint, wanted: Desired, seen: Seen, pool: Pool) -> RoleStatus:
+    current = _current(wanted, seen, pool.component)
+    ready = [pod for pod in current if _pod_condition(pod, "Ready") == "True"]
+    deployment = seen.deployments.get(pool.component, {})
+    desired = pool.scale.first if pool.scale.fixed is not None else integer(deployment, "spec", "replicas")
+    selector = ",".join(f"{key}={value}" for key, value in role_selector(plan.name, pool.component).items())
+    return RoleStatus.of(
+        desired=desired,
+        updated=len(current),
+        ready=len(ready),
+        routable=sum(_registered(pod) for pod in ready),
+        selector=selector,
+    )
+
+
+def _current(wanted: Desired, seen: Seen, component: Component) -> list[Object]:
+    """Pods of the updated revision that are not on their way out."""
+    return [
+        pod
+        for pod in seen.pods.get(component, ())
+        if text(pod, "metadata", "labels", REVISION_LABEL) == wanted.revisions[component]
+        and not text(pod, "metadata", "deletionTimestamp")
+        and text(pod, "status", "phase") not in ("Succeeded", "Failed")
+    ]
+
+
+def _registered(pod: Object) -> bool:
+    """A pod without the gate makes no such promise: being ready is all there is to know."""
+    gates = [text(gate, "conditionType") for gate in objects(pod, "spec", "readinessGates")]
+    return REGISTERED_GATE not in gates or _pod_condition(pod, REGISTERED_GATE) == "True"
+
+
+def _pod_condition(pod: Object, kind: str) -> str:
+    conditions = objects(pod, "status", "conditions")
+    return next((text(item, "status") for item in conditions if text(item, "type") == kind), "")
+
+
+def _findings(
+    plan: Blueprint, wanted: Desired, seen: Seen, roles: Mapping[Component, RoleStatus]
+) -> dict[ConditionType, Finding]:
+    decoders = [pool.component for pool in plan.workers if pool.component is not Component.PREFILL]
+    prefill = [pool.component for pool in plan.workers if pool.component is Component.PREFILL]
+    found = {
+        ConditionType.ACCEPTED: Finding(status="True", reason="Valid", message="spec and profile fit together"),
+        ConditionType.MODEL_READY: _model(plan, wanted, seen),
+        ConditionType.PREFILL_READY: _pods_ready(prefill, wanted, seen, roles),
+        ConditionType.DECODE_READY: _pods_ready(decoders, wanted, seen, roles),
+        ConditionType.ROUTER_READY: _pods_ready([Component.ROUTER], wanted, seen, roles),
+        ConditionType.TRANSPORT_READY: _transport(plan, wanted, seen),
+        **seen.missing,
+    }
+    blocking = [item for kind, item in found.items() if item.status == "False"]
+    # no probe has been reported yet: that alone says nothing against serving
+    waiting = [found[kind] for kind in found if found[kind].status == "Unknown" and kind != "TransportReady"]
+    worst = next(iter((*blocking, *waiting)), None)
+    found[ConditionType.PROGRESSING] = _progress(seen, roles, worst)
+    if worst is None:
+        found[ConditionType.READY] = Finding(status="True", reason="Serving", message=f"serving at {url_of(plan)}")
+    else:
+        found[ConditionType.READY] = Finding(status="False", reason=worst.reason, message=worst.message)
+    return {kind: found[kind] for kind in ConditionType}
+
+
+def _pods_ready(
+    components: Iterable[Component], wanted: Desired, seen: Seen, roles: Mapping[Component, RoleStatus]
+) -> Finding:
+    parts = list(components)
+    asked = sum(roles[part].desired for part in parts)
+    ready = sum(min(roles[part].routable, roles[part].desired) for part in parts)
+    names = " and ".join(part.value for part in parts)
+    if asked == 0 and all(part in seen.deployments for part in parts):
+        return Finding(status="True", reason="NotUsed", message=f"no {names or 'prefill'} workers are asked for")
+    if all(part in seen.deployments for part in parts) and ready >= asked:
+        return Finding(status="True", reason="PodsReady", message=f"{ready} of {asked} {names} pods ready")
+    for part in parts:
+        if stuck := _stuck(part, wanted, seen):
+            return stuck
+    message = f"{ready} of {asked} {names} pods of the updated revision are ready"
+    return Finding(status="False", reason="PodsStarting", message=message)
+
+
+def _stuck(component: Component, wanted: Desired, seen: Seen) -> Finding | None:
+    """A cause that time alone does not heal."""
+    if trouble := first_trouble(_current(wanted, seen, component), fetching=False):
+        return Finding(status="False", reason=trouble.reason, message=trouble.message)
+    for condition in objects(seen.deployments.get(component, {}), "status", "conditions"):
+        if text(condition, "type") == "ReplicaFailure" and text(condition, "status") == "True":
+            message = f"pods of {component.value} are refused: {text(condition, 'message')}; correct the podTemplate, "
+            return Finding(status="False", reason="PodsRefused", message=message + "the quota or the policy")
+        if text(condition, "reason") == "ProgressDeadlineExceeded":
+            message = f"{component.value} makes no progress: {text(condition, 'message')}; see `kubectl describe pods`"
+            return Finding(status="False", reason="NoProgress", message=message)
+    return None
+
+
+def _model(plan: Blueprint, wanted: Desired, seen: Seen) -> Finding:
+    pods = [pod for component in WORKERS if component in wanted.revisions for pod in _current(wanted, seen, component)]
+    if trouble := first_trouble(pods, fetching=True):
+        return Finding(status="False", reason=trouble.reason, message=trouble.message)
+    if not pods:
+        return Finding(status="Unknown", reason="NoPods", message="no worker pod looks for the model yet")
+    if any(_pod_condition(pod, "Ready") == "True" for pod in pods):
+        return Finding(status="True", reason="Loaded", message=f"{plan.model.uri} is loaded")
+    if any(_fetching(pod) for pod in pods):
+        return Finding(status="False", reason="Fetching", message=f"{plan.model.uri} is being fetched")
+    if not any(mapping(status, "state", "running") for pod in pods for status in _containers(pod)):
+        return Finding(status="False", reason="Waiting", message="no worker has started, so none has seen the model")
+    return Finding(status="False", reason="Loading", message=f"{plan.model.uri} is being loaded")
+
+
+def _containers(pod: Object) -> list[Object]:
+    return objects(pod, "status", "containerStatuses")
+
+
+def _fetching(pod: Object) -> bool:
+    return any(
+        text(status, "name") == FETCH_CONTAINER and bool(mapping(status, "state", "running"))
+        for status in objects(pod, "status", "initContainerStatuses")
+    )
+
+
+def _transport(plan: Blueprint, wanted: Desired, seen: Seen) -> Finding:
+    if plan.pool(Component.PREFILL) is None:
+        return Finding(status="True", reason="NotUsed", message="no KV travels between pods")
+    pods = _current(wanted, seen, Component.PREFILL)
+    told = [pod for pod in pods if _pod_condition(pod, TRANSPORT_GATE)]
+    if not told:
+        return Finding(status="Unknown", reason="NotReported", message="no prefill worker reports a transport probe")
+    if failed := [pod for pod in told if _pod_condition(pod, TRANSPORT_GATE) != "True"]:
+        name = text(failed[0], "metadata", "name")
+        detail = next(
+            (text(item, "message") for item in objects(failed[0], "status", "conditions")
+             if text(item, "type") == TRANSPORT_GATE),
+            "",
+        )  # fmt: skip
+        return Finding(status="False", reason="ProbeFailed", message=f"pod {name} cannot hand over KV: {detail}")
+    return Finding(status="True", reason="Probed", message=f"{len(told)} prefill workers have proved their transport")
+
+
+def _progress(seen: Seen, roles: Mapping[Component, RoleStatus], worst: Finding | None) -> Finding:
+    old = sum(
+        integer(seen.deployments.get(part, {}), "status", "replicas") > role.updated for part, role in roles.items()
+    )
+    if worst is None and old == 0:
+        return Finding(status="False", reason="Complete", message="all pods are of the updated revision and ready")
+    if worst is not None and worst.reason == "NoProgress":
+        return Finding(status="False", reason="NoProgress", message=worst.message)
+    updated, asked = sum(role.updated for role in roles.values()), sum(role.desired for role in roles.values())
+    return Finding(status="True", reason="RollingOut", message=f"{updated} of {asked} pods are of the updated revision")
+
+
+def _dated(
+    findings: Mapping[ConditionType, Finding], generation: int, previous: Object, now: str
+) -> list[Condition]:
+    before = {text(item, "type"): item for item in objects(previous, "conditions")}
+    dated: list[Condition] = []
+    for kind, finding in findings.items():
+        old = before.get(kind.value, {})
+        same = text(old, "status") == finding.status
+        since = text(old, "lastTransitionTime") if same else ""
+        dated.append(
+            Condition(
+                type=kind.value,
+                status=finding.status,
+                reason=finding.reason,
+                message=finding.message[:4096],
+                last_transition_time=since or now,
+                observed_generation=generation,
+            )
+        )
+    return dated
