@@ -40,25 +40,28 @@ def _merged_value(name: str, base: Json, patch: Json) -> Json:
     if isinstance(patch, Mapping):
         return merged(base if isinstance(base, Mapping) else {}, patch)
     key = _KEYS.get(name)
-    if key is None or not _is_list(base) or not _is_list(patch):
+    if key is None:
         return patch
-    assert isinstance(base, Sequence)
-    assert isinstance(patch, Sequence)
-    return _merged_list(base, patch, key)
+    ours, theirs = {} if base is None else _by_key(base, key), _by_key(patch, key)
+    if ours is None or theirs is None:
+        return patch
+    return _merged_list(ours, theirs)
 
 
-def _merged_list(base: Sequence[Json], patch: Sequence[Json], key: str) -> Json:
-    changes = {str(item.get(key)): item for item in patch if isinstance(item, Mapping)}
-    result: list[Json] = []
-    for item in base:
-        change = changes.pop(str(item.get(key)), None) if isinstance(item, Mapping) else None
-        if isinstance(item, Mapping) and change is not None:
-            if change.get("$patch") != "delete":
-                result.append(merged(item, change))
-        else:
-            result.append(item)
-    return [*result, *(merged({}, change) for change in changes.values() if change.get("$patch") != "delete")]
+def _by_key(value: Json, key: str) -> dict[str, Object] | None:
+    """The items of a list by their key, in order; None unless each is an object with a key of its own."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return None
+    items = {str(item[key]): item for item in value if isinstance(item, Mapping) and key in item}
+    return items if len(items) == len(value) else None
 
 
-def _is_list(value: Json) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def _merged_list(base: Mapping[str, Object], patch: Mapping[str, Object]) -> Json:
+    changed = {name: merged(base.get(name, {}), item) for name, item in patch.items() if not _deletes(item)}
+    kept = {name: item for name, item in base.items() if name not in patch}
+    both = kept | changed
+    return [both[name] for name in dict.fromkeys([*base, *patch]) if name in both]
+
+
+def _deletes(item: Object) -> bool:
+    return item.get("$patch") == "delete"
