@@ -7,13 +7,14 @@ UP ?=
 TESTS ?= tests
 PYTHON ?=
 UPGRADE ?=
+IMAGES ?=
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/baton_proto/*.proto)
 STUBS := proto/baton_proto/worker_pb2.py
 
-.PHONY: help up down install test lint bench lock clean
+.PHONY: help up down install test lint bench lock chart images clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,8 @@ help:
 	@echo "make lint    ruff, mypy, import rings, the torch-free rooms, sizes and settings"
 	@echo "make bench   value, ceiling and fraction of each figure on this machine"
 	@echo "make lock    write constraints.txt anew (UPGRADE=--upgrade for the newest versions)"
+	@echo "make chart   write CRDs, dashboards and the chart's copies anew"
+	@echo "make images  images for a test cluster, without Docker (users build */Dockerfile)"
 	@echo "make clean   remove the virtual environment and all caches"
 
 up: install
@@ -50,18 +53,28 @@ $(STUBS): $(PROTOS) proto/build_stubs.py | $(VENV)/.stamp
 	@touch $@
 
 test: install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process" $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process and not cluster" $(TESTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs $(TESTS)
 
 lint: install
 	@echo "lint: ruff" && $(BIN)/ruff check .
 	@echo "lint: mypy --strict" && $(BIN)/mypy
 	@echo "lint: rings of imports" && $(BIN)/lint-imports
 	@echo "lint: rooms without torch" && $(BIN)/python tools/no_torch.py baton_router baton_operator baton.main
+	@echo "lint: the chart's copies" && $(BIN)/python tools/chart.py --check
 	@echo "lint: sizes and settings" && $(BIN)/python tools/report.py
 
 bench: install
 	@PYTHONPATH=.:tests $(BIN)/python -m bench $(BENCH)
+
+chart: install
+	@$(BIN)/python -m baton_operator.crd
+	@$(BIN)/python tools/chart.py
+	@$(BIN)/python tools/dashboards.py
+
+images: install
+	@$(BIN)/python tools/make_images.py $(IMAGES)
 
 lock: $(BIN)/uv
 	@$(BIN)/python tools/lock.py $(UPGRADE)

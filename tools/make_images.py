@@ -86,8 +86,9 @@ def dependencies(cache: Path, extra: str) -> Path:
     mark = digest([ROOT / "pyproject.toml", ROOT / "constraints.txt"], extra)
     folder = cache / f"site-{extra}-{mark}"
     if not folder.exists():
+        for old in cache.glob(f"site-{extra}-*"):
+            shutil.rmtree(old)
         half = folder.with_suffix(".part")
-        shutil.rmtree(half, ignore_errors=True)
         run([
             str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--target", str(half),
             "--python", sys.executable, "--link-mode", "copy", "--constraint", str(ROOT / "constraints.txt"),

@@ -106,8 +106,9 @@ class World:
 def world() -> Iterator[World]:
     kit = cluster.kit()
     assert kit is not None
-    made = tool("make_images").make(kit, IMAGES, ["operator"])
-    with cluster.node(STATE, index=INDEX) as running:
+    made = tool("make_images").make(kit, IMAGES, ["operator", "router", "worker"])
+    mounts = [part for mount in made["mounts"] for part in ("--mount", mount)]
+    with cluster.node(STATE, index=INDEX, options=mounts) as running:
         cluster.load_images(STATE, *map(Path, made["archives"]))
         for name in (NAMESPACE, "team-a", "team-b"):
             label = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -192,6 +193,56 @@ def test_the_operator_has_the_rights_that_it_needs(world: World) -> None:
     assert "orbidden" not in world.logs()
     used = {(verb, resource) for verb, resource, code in world.calls() if code.startswith("2")}
     assert ("apply", "roles.rbac.authorization.k8s.io") in used
+
+
+@pytest.mark.parametrize(
+    ("image", "program"),
+    [
+        ("operator", "baton-operator"), ("router", "baton-router"),
+        ("worker", "baton-decode"), ("worker", "baton-prefill"),
+    ],
+)
+def test_every_image_holds_its_program(world: World, image: str, program: str) -> None:
+    """Run to the end in a restricted pod with a read-only root file system; torch only where it belongs."""
+    tag = world.tag + ("-cpu" if image == "worker" else "")
+    torch = "import torch" if image == "worker" else "import importlib.util as u; assert u.find_spec('torch') is None"
+    security = {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+    name = f"try-{program}"
+    container = {
+        "name": "try", "image": f"baton/{image}:{tag}", "imagePullPolicy": "IfNotPresent", "securityContext": security,
+        "command": ["sh", "-c", f'{program} --explain && python -c "{torch}"'],
+    }  # fmt: skip
+    pod = {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "team-b"},
+        "spec": {
+            "restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container],
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        },
+    }  # fmt: skip
+    world.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(pod))
+    ended = ("Succeeded", "Failed")
+    world.cluster.wait_until(
+        name, lambda: world.get("pod", name, "-n", "team-b")["status"]["phase"] in ended, timeout_s=60
+    )
+    said = world.cluster.kubectl("logs", name, "-n", "team-b")
+    assert world.get("pod", name, "-n", "team-b")["status"]["phase"] == "Succeeded", said
+    assert "log_level" in said
+
+
+def test_an_idle_operator_is_small(world: World) -> None:
+    """The kubelet's own figure of the working set."""
+    node = world.get("nodes")["items"][0]["metadata"]["name"]
+    summary = json.loads(world.cluster.kubectl("get", "--raw", f"/api/v1/nodes/{node}/proxy/stats/summary"))
+    used = [
+        pod["memory"]["workingSetBytes"]
+        for pod in summary["pods"]
+        if pod["podRef"]["namespace"] == NAMESPACE and "workingSetBytes" in pod.get("memory", {})
+    ]
+    assert used
+    assert max(used) < 120e6, used
+    print("operator working set, MB:", [round(one / 1e6) for one in used])
 
 
 def test_upgrade_keeps_what_is_there_and_brings_new_crds(world: World, tmp_path: Path) -> None:
