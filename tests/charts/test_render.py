@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ import yaml
 from support.chart import CHART, COMBINATIONS, NAMESPACE, helm, of_kind, one, render, template, tool
 
 from baton_common.settings import resolve
+from baton_operator.api import InferenceService
 from baton_operator.config import OperatorConfig
 from baton_operator.kube import kinds
 from baton_operator.plan.access import identities
+from baton_operator.shipped import shipped_profiles
 
 pytestmark = pytest.mark.skipif(helm() is None, reason="no Helm: neither the test cluster kit nor helm on the PATH")
 
@@ -238,3 +241,7 @@ def test_notes_tell_the_next_command() -> None:
     notes = (CHART / "templates/NOTES.txt").read_text()
     assert "kubectl apply" in notes
     assert "kubectl get isvc" in notes
+    sample = notes.split("<<YAML\n")[1].split("     YAML\n")[0]
+    service = InferenceService.parse(yaml.safe_load(textwrap.dedent(sample)))
+    assert len(sample.splitlines()) <= 15
+    assert service.spec.profile in shipped_profiles()
