@@ -7,8 +7,10 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 from support.checkpoints import tiny_checkpoint
 from support.house import DEADLINE_S, Stream, Streams, assert_no_leaks, eventually, status, workers_up
@@ -180,10 +182,28 @@ def test_the_only_prefill_worker_dies_and_decode_does_its_work(
         assert_no_leaks(house.decode)
 
 
-def test_clients_that_leave_free_everything(house: Service, prompts: list[list[int]]) -> None:
+def test_clients_that_leave_in_the_middle_free_everything(house: Service, prompts: list[list[int]]) -> None:
     assert house.router is not None
-    with Streams(house.router.url, prompts, OUTPUTS, extra={"stop": ["\x00never"]}).running() as streams:
+    url, outputs = f"{house.router.url}/v1/completions", 700
+    body = {"model": "model", "max_tokens": outputs, "temperature": 0, "stream": True, "ignore_eos": True}
+    with ExitStack() as streams:
+        for prompt in prompts:
+            call = httpx.stream("POST", url, json=body | {"prompt": prompt}, timeout=60)
+            assert next(streams.enter_context(call).iter_lines()).startswith("data: ")
+        before = [status(worker).load.steps for worker in house.decode]
+    assert_no_leaks(house.workers)
+    for worker, steps in zip(house.decode, before, strict=True):
+        assert status(worker).load.steps - steps < outputs // 2, "it went on for clients that were gone"
+
+
+def test_a_router_that_is_asked_to_leave_finishes_its_answers(
+    house: Service, prompts: list[list[int]], expected: list[str]
+) -> None:
+    assert house.router is not None
+    with Streams(house.router.url, prompts, OUTPUTS).running() as streams:
         streams.wait_events(100)
         house.router.terminate()
-        streams.answers()
+        answers = streams.answers()
+    assert_all_right(answers, expected)
+    assert house.router.wait(30) == 0, house.router.log()
     assert_no_leaks(house.workers)
