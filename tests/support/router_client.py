@@ -77,8 +77,8 @@ class RouterClient:
 
     async def __aenter__(self) -> RouterClient:
         self._call = worker_pb2_grpc.WorkerStub(self._channel).Connect()
-        await self.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
-        try:
+        try:  # a worker that refuses may end the call before our first write, or before our first read
+            await self.send(hello=worker_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_id=self._router_id))
             first = await self._call.read()
         except grpc.aio.AioRpcError as error:
             await self._channel.close()
