@@ -12,11 +12,12 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from baton_common.kube.client import KubeClient
+from baton_common.kube.errors import KubeError, NameTaken
+from baton_common.kube.kinds import POD, Kind
+from baton_common.kube.objects import Object, at, integer, mapping, objects, text
 from baton_operator.drift import drifted
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.errors import KubeError, NameTaken
-from baton_operator.kube.kinds import CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE, OPTIONAL_KINDS, POD, Kind
-from baton_operator.objects import Object, at, integer, mapping, objects, text
+from baton_operator.kinds import CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE, OPTIONAL_KINDS
 from baton_operator.plan.child import Child, ScaleTo
 from baton_operator.plan.labels import MANAGER, ROLE_LABEL, Component, service_selector
 

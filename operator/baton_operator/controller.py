@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 
 from baton_common.clock import Clock
 from baton_common.errors import BatonError
+from baton_common.kube.errors import Conflict, KubeError, NotLeader
+from baton_common.kube.objects import Object, text
 from baton_operator.config import OperatorConfig
-from baton_operator.kube.errors import Conflict, KubeError, NotLeader
 from baton_operator.metrics import OperatorMetrics
-from baton_operator.objects import Object, text
 from baton_operator.reconcile import Outcome
 from baton_operator.workqueue import BackOff, WorkQueue
 

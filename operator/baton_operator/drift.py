@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from baton_operator.kube.quantity import amount
-from baton_operator.objects import Json, Object
+from baton_common.kube.objects import Json, Object
+from baton_operator.quantity import amount
 
 _MERGE_KEYS: Mapping[str, tuple[str, ...]] = {
     "containers": ("name",),

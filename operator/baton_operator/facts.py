@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 
+from baton_common.kube.client import KubeClient
+from baton_common.kube.errors import KubeError
+from baton_common.kube.kinds import ENDPOINT_SLICE
+from baton_common.kube.objects import Object, integer, objects, text, texts
 from baton_operator.config import OperatorConfig
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.errors import KubeError
-from baton_operator.kube.kinds import ENDPOINT_SLICE, OPTIONAL_KINDS, SERVICE
-from baton_operator.objects import Object, integer, objects, text, texts
+from baton_operator.kinds import OPTIONAL_KINDS, SERVICE
 from baton_operator.plan.intake import Platform
 from baton_operator.reconcile import ClusterFacts
 

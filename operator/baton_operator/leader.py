@@ -21,10 +21,10 @@ from datetime import UTC, datetime
 
 from baton_common.clock import Clock
 from baton_common.errors import ConfigError
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.errors import Conflict, KubeError
-from baton_operator.kube.kinds import LEASE
-from baton_operator.objects import Object, canonical, integer, mapping, text
+from baton_common.kube.client import KubeClient
+from baton_common.kube.errors import Conflict, KubeError
+from baton_common.kube.objects import Object, canonical, integer, mapping, text
+from baton_operator.kinds import LEASE
 
 log = logging.getLogger("baton.operator.leader")
 

@@ -20,16 +20,16 @@ from prometheus_client import CollectorRegistry
 
 from baton_common.clock import SystemClock
 from baton_common.errors import ConfigError
+from baton_common.kube.client import KubeClient
+from baton_common.kube.credentials import Credentials, find_credentials
+from baton_common.kube.errors import KubeError
 from baton_common.logs import set_up
 from baton_common.settings import from_command_line
 from baton_operator.config import OperatorConfig
 from baton_operator.controller import Controller
 from baton_operator.facts import look_up
 from baton_operator.health import serving
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.credentials import Credentials, find_credentials
-from baton_operator.kube.errors import KubeError
-from baton_operator.kube.kinds import INFERENCE_SERVICE
+from baton_operator.kinds import INFERENCE_SERVICE
 from baton_operator.leader import LeaderElection, LeaseTimes
 from baton_operator.metrics import OperatorMetrics
 from baton_operator.plan.intake import Platform

@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from baton_common.errors import BatonError
+from baton_common.kube.client import KubeClient
+from baton_common.kube.errors import KubeError, NameTaken
+from baton_common.kube.kinds import Kind
+from baton_common.kube.objects import Object, canonical, integer, mapping, objects, text, texts
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService, ServiceStatus, Unplaceable
 from baton_operator.apply import Applier, Changes, Live
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.errors import KubeError, NameTaken
-from baton_operator.kube.kinds import ACCELERATOR_PROFILE, CLAIM, INFERENCE_SERVICE, SECRET, Kind
-from baton_operator.objects import Object, canonical, integer, mapping, objects, text, texts
+from baton_operator.kinds import ACCELERATOR_PROFILE, CLAIM, INFERENCE_SERVICE, SECRET
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.children import Desired, desired, scale_steps
 from baton_operator.plan.intake import Platform, blueprint

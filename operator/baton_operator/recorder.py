@@ -14,9 +14,9 @@ from typing import Literal
 
 from baton_common.clock import Clock
 from baton_common.errors import BatonError
-from baton_operator.kube.client import KubeClient
-from baton_operator.kube.kinds import EVENT, INFERENCE_SERVICE
-from baton_operator.objects import Object, digest, text
+from baton_common.kube.client import KubeClient
+from baton_common.kube.objects import Object, digest, text
+from baton_operator.kinds import EVENT, INFERENCE_SERVICE
 from baton_operator.plan.labels import MANAGER, PREFIX
 from baton_operator.plan.names import label_value
 

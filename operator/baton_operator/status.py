@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from baton_common.kube.objects import Object, integer, mapping, objects, text
 from baton_operator.api import Condition, ConditionType, RolesStatus, RoleStatus, ServiceStatus
 from baton_operator.api.status import ConditionStatus
-from baton_operator.objects import Object, integer, mapping, objects, text
 from baton_operator.plan.blueprint import Blueprint, Pool
 from baton_operator.plan.children import Desired
 from baton_operator.plan.labels import REVISION_LABEL, WORKERS, Component, role_selector

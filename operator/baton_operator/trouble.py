@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from baton_operator.objects import Object, integer, mapping, objects, text
+from baton_common.kube.objects import Object, integer, mapping, objects, text
 from baton_operator.plan.pods import FETCH_CONTAINER
 
 _NO_IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})

@@ -16,17 +16,11 @@ from typing import Any
 
 import kopf
 
+from baton_common.kube.credentials import Credentials
+from baton_common.kube.kinds import POD, Kind
 from baton_operator.config import OperatorConfig
 from baton_operator.controller import Controller
-from baton_operator.kube.credentials import Credentials
-from baton_operator.kube.kinds import (
-    ACCELERATOR_PROFILE,
-    CHILD_KINDS,
-    INFERENCE_SERVICE,
-    OPTIONAL_KINDS,
-    POD,
-    Kind,
-)
+from baton_operator.kinds import ACCELERATOR_PROFILE, CHILD_KINDS, INFERENCE_SERVICE, OPTIONAL_KINDS
 from baton_operator.plan.labels import PREFIX, SERVICE_ANNOTATION, SERVICE_LABEL
 
 _WATCHED_CHILDREN = (*(kind for kind in CHILD_KINDS if kind not in OPTIONAL_KINDS), POD)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton_operator.drift import drifted
-from baton_operator.kube.quantity import amount
 from baton_operator.plan.patch import merged
+from baton_operator.quantity import amount
 
 
 def deployment(**container: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from support.operator_world import FakeKube, FakeServer
 
 from baton_common.clock import ManualClock
 from baton_common.errors import ConfigError
-from baton_operator.kube.errors import KubeError, NotLeader
-from baton_operator.kube.kinds import LEASE, SERVICE
+from baton_common.kube.errors import KubeError, NotLeader
+from baton_operator.kinds import LEASE, SERVICE
 from baton_operator.leader import LeaderElection, LeaseTimes
 
 TIMES = LeaseTimes()

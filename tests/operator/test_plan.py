@@ -9,7 +9,7 @@ import yaml
 from support.operator_world import PLATFORM, Tree, profile_object, service_object
 
 from baton_operator.api import AcceleratorProfile, InferenceService, Unplaceable
-from baton_operator.kube.kinds import POD_MONITOR, SERVICE_MONITOR
+from baton_operator.kinds import POD_MONITOR, SERVICE_MONITOR
 from baton_operator.plan.children import Desired, desired, scale_steps
 from baton_operator.plan.intake import Platform, blueprint
 from baton_operator.plan.labels import KV_REVISION_LABEL, REVISION_LABEL, Component

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.operator_world import Crash, Tree, World, profile_object, service_object
 
-from baton_operator.kube.errors import KubeError
-from baton_operator.kube.kinds import (
+from baton_common.kube.errors import KubeError
+from baton_operator.kinds import (
     ACCELERATOR_PROFILE,
     CHILD_KINDS,
     DEPLOYMENT,

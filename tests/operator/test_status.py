@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.operator_world import PLATFORM, Tree, profile_object, service_object
 
+from baton_common.kube.objects import Object
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService
-from baton_operator.objects import Object
 from baton_operator.plan.children import Desired, desired
 from baton_operator.plan.intake import blueprint
 from baton_operator.plan.labels import REVISION_LABEL, Component

@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from baton_common.clock import ManualClock
+from baton_common.kube.client import APPLY, KubeClient
+from baton_common.kube.credentials import Credentials
+from baton_common.kube.errors import Conflict, KubeError, NotFound
+from baton_common.kube.kinds import POD, Kind
 from baton_operator.apply import Applier
-from baton_operator.kube.client import APPLY, KubeClient
-from baton_operator.kube.credentials import Credentials
-from baton_operator.kube.errors import Conflict, KubeError, NotFound
-from baton_operator.kube.kinds import ACCELERATOR_PROFILE, CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE, POD, Kind
+from baton_operator.kinds import ACCELERATOR_PROFILE, CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE
 from baton_operator.plan.intake import Platform
 from baton_operator.reconcile import ClusterFacts, Outcome, Reconciler
 from baton_operator.recorder import EventRecorder

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from baton_operator.objects import Json, Object
+from baton_common.kube.objects import Json, Object
 from baton_operator.plan.labels import Component
 
 

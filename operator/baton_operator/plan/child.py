@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from baton_operator.kube.kinds import INFERENCE_SERVICE, Kind
-from baton_operator.objects import Json, Object, digest, mapping
+from baton_common.kube.kinds import Kind
+from baton_common.kube.objects import Json, Object, digest, mapping
+from baton_operator.kinds import INFERENCE_SERVICE
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.labels import (
     APPLIED_ANNOTATION,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from baton_operator.kube.kinds import CHILD_KINDS, OPTIONAL_KINDS, Kind
-from baton_operator.objects import digest, mapping
+from baton_common.kube.kinds import Kind
+from baton_common.kube.objects import digest, mapping
+from baton_operator.kinds import CHILD_KINDS, OPTIONAL_KINDS
 from baton_operator.plan.access import identities, settings
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.child import Child, ScaleTo

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton_operator.objects import digest
+from baton_common.kube.objects import digest
 from baton_operator.plan.blueprint import Blueprint, ModelSource, Pool
 from baton_operator.plan.labels import Component
 from baton_operator.plan.names import child_name

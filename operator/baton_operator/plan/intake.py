@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from baton_common.kube.objects import Json, Object
 from baton_operator.api import (
     DEMO_URI,
     AcceleratorProfile,
@@ -21,7 +22,6 @@ from baton_operator.api import (
 from baton_operator.api import Pool as DeclaredPool
 from baton_operator.api import Role as DeclaredRole
 from baton_operator.api.pool import PodTemplate
-from baton_operator.objects import Json, Object
 from baton_operator.plan.blueprint import Blueprint, Endpoint, ModelSource, Pool, Scale, Scheme
 from baton_operator.plan.commands import HTTP_PORT_NAME
 from baton_operator.plan.labels import Component

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from baton_operator.kube.kinds import POD_MONITOR, SERVICE_MONITOR
-from baton_operator.objects import Json
+from baton_common.kube.objects import Json
+from baton_operator.kinds import POD_MONITOR, SERVICE_MONITOR
 from baton_operator.plan import commands
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.child import Child, child

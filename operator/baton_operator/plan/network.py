@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from baton_operator.kube.kinds import HTTP_ROUTE, INGRESS, NETWORK_POLICY, SERVICE
-from baton_operator.objects import Json, Object
+from baton_common.kube.objects import Json, Object
+from baton_operator.kinds import HTTP_ROUTE, INGRESS, NETWORK_POLICY, SERVICE
 from baton_operator.plan import commands
 from baton_operator.plan.blueprint import Blueprint, Pool
 from baton_operator.plan.child import Child, child

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from baton_operator.objects import Json, Object
+from baton_common.kube.objects import Json, Object
 
 _KEYS: Mapping[str, str] = {
     "containers": "name",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from baton_operator.objects import Json, Object, digest, mapping
+from baton_common.kube.objects import Json, Object, digest, mapping
 from baton_operator.plan import commands
 from baton_operator.plan.blueprint import Blueprint, Pool
 from baton_operator.plan.labels import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from baton_operator.objects import canonical
+from baton_common.kube.objects import canonical
 from baton_operator.plan.blueprint import Blueprint
 
 _HEAD = "# Made by baton-operator from the InferenceService; edit that instead.\n"

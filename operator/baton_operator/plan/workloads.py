@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from baton_operator.kube.kinds import DEPLOYMENT, DISRUPTION_BUDGET
-from baton_operator.objects import Json
+from baton_common.kube.objects import Json
+from baton_operator.kinds import DEPLOYMENT, DISRUPTION_BUDGET
 from baton_operator.plan.blueprint import Blueprint, Pool
 from baton_operator.plan.child import Child, child
 from baton_operator.plan.labels import Component, role_selector

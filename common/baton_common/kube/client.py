@@ -15,10 +15,10 @@ from typing import Protocol, Self
 import aiohttp
 
 from baton_common.clock import Clock
-from baton_operator.kube.credentials import Credentials, TokenSource
-from baton_operator.kube.errors import KubeError, NotFound, NotLeader, error_for
-from baton_operator.kube.kinds import Kind
-from baton_operator.objects import Object, canonical, integer, mapping, objects, text
+from baton_common.kube.credentials import Credentials, TokenSource
+from baton_common.kube.errors import KubeError, NotFound, NotLeader, error_for
+from baton_common.kube.kinds import Kind
+from baton_common.kube.objects import Object, canonical, integer, mapping, objects, text
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"

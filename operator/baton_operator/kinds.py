@@ -2,35 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """One resource of the API."""
-
-    group: str
-    version: str
-    kind: str
-    plural: str
-    namespaced: bool = True
-
-    @property
-    def api_version(self) -> str:
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    @property
-    def resource(self) -> str:
-        """As RBAC and metrics write it: `deployments.apps`."""
-        return f"{self.plural}.{self.group}" if self.group else self.plural
-
-    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        """URL path of a collection (no name) or of one object."""
-        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-        if self.namespaced and namespace:
-            root += f"/namespaces/{namespace}"
-        return "/".join(part for part in (root, self.plural, name, subresource) if part)
-
+from baton_common.kube.kinds import Kind
 
 INFERENCE_SERVICE = Kind(
     group="serving.baton.dev", version="v1alpha1", kind="InferenceService", plural="inferenceservices"
@@ -39,7 +11,6 @@ ACCELERATOR_PROFILE = Kind(
     group="serving.baton.dev", version="v1alpha1", kind="AcceleratorProfile", plural="acceleratorprofiles",
     namespaced=False,
 )  # fmt: skip
-POD = Kind(group="", version="v1", kind="Pod", plural="pods")
 SECRET = Kind(group="", version="v1", kind="Secret", plural="secrets")
 CLAIM = Kind(group="", version="v1", kind="PersistentVolumeClaim", plural="persistentvolumeclaims")
 EVENT = Kind(group="events.k8s.io", version="v1", kind="Event", plural="events")
@@ -54,7 +25,6 @@ DISRUPTION_BUDGET = Kind(group="policy", version="v1", kind="PodDisruptionBudget
 NETWORK_POLICY = Kind(group="networking.k8s.io", version="v1", kind="NetworkPolicy", plural="networkpolicies")
 INGRESS = Kind(group="networking.k8s.io", version="v1", kind="Ingress", plural="ingresses")
 HTTP_ROUTE = Kind(group="gateway.networking.k8s.io", version="v1", kind="HTTPRoute", plural="httproutes")
-ENDPOINT_SLICE = Kind(group="discovery.k8s.io", version="v1", kind="EndpointSlice", plural="endpointslices")
 SERVICE_MONITOR = Kind(group="monitoring.coreos.com", version="v1", kind="ServiceMonitor", plural="servicemonitors")
 POD_MONITOR = Kind(group="monitoring.coreos.com", version="v1", kind="PodMonitor", plural="podmonitors")
 

@@ -18,7 +18,7 @@ import yaml
 
 from baton_common.clock import Clock
 from baton_common.errors import ConfigError
-from baton_operator.objects import Object, is_true, mapping, objects, text
+from baton_common.kube.objects import Object, is_true, mapping, objects, text
 
 POD_FILES = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_FRESH_S = 60.0

@@ -1,1 +1,0 @@
-"""The Kubernetes API as this operator uses it: credentials, a small client, kinds, quantities. Knows no service."""
