@@ -13,9 +13,9 @@ import yaml
 from support.chart import CHART, COMBINATIONS, NAMESPACE, helm, of_kind, one, render, template, tool
 
 from baton_common.settings import resolve
+from baton_operator import kinds
 from baton_operator.api import InferenceService
 from baton_operator.config import OperatorConfig
-from baton_operator.kube import kinds
 from baton_operator.plan.access import identities
 from baton_operator.shipped import shipped_profiles
 
