@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from baton_common.kube.gates import REGISTERED_GATE, TRANSPORT_GATE
 from baton_common.kube.objects import Object, integer, mapping, objects, text
 from baton_operator.api import Condition, ConditionType, RolesStatus, RoleStatus, ServiceStatus
 from baton_operator.api.status import ConditionStatus
@@ -19,9 +20,6 @@ from baton_operator.plan.labels import REVISION_LABEL, WORKERS, Component, role_
 from baton_operator.plan.names import child_name
 from baton_operator.plan.pods import FETCH_CONTAINER
 from baton_operator.trouble import first_trouble
-
-REGISTERED_GATE = "serving.baton.dev/router-registered"
-TRANSPORT_GATE = "serving.baton.dev/kv-transport"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -321,10 +321,24 @@ def test_the_router_reaches_the_api_server_at_its_known_addresses_only() -> None
     assert not any("to" not in rule and rule["ports"][0]["port"] != 53 for rule in egress)
 
 
-def test_no_rule_of_the_router_is_a_wildcard_or_a_write() -> None:
+def test_a_router_may_watch_endpoints_and_set_conditions_of_pods_and_nothing_else() -> None:
     rules = one(planned(), "Role", "chat-router")["rules"]
-    assert {verb for rule in rules for verb in rule["verbs"]} == {"get", "list", "watch"}
-    assert "*" not in str(rules)
+    assert {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]} == {
+        ("endpointslices", "get"), ("endpointslices", "list"), ("endpointslices", "watch"),
+        ("pods", "get"), ("pods/status", "patch"),
+    }  # fmt: skip
+
+
+def gates(wanted: Desired, role: str) -> list[str]:
+    return [gate["conditionType"] for gate in template(wanted, role)["spec"].get("readinessGates", [])]
+
+
+def test_a_worker_is_ready_only_when_a_router_has_said_so() -> None:
+    registered, transport = "serving.baton.dev/router-registered", "serving.baton.dev/kv-transport"
+    assert gates(planned(), "prefill") == [registered, transport]
+    assert gates(planned(), "decode") == [registered]
+    assert gates(planned(colocated={"replicas": 1}), "colocated") == [registered]
+    assert gates(planned(), "router") == []
 
 
 def test_budgets_and_headless_services_follow_every_role() -> None:

@@ -1,4 +1,6 @@
-"""Who the pods are and what they may ask of the API: workers nothing, the router to see its workers come and go."""
+"""Who the pods are and what they may ask of the API: workers nothing; the router sees its workers come and go, and says
+of each pod whether it is registered and hands over KV.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,6 @@ from baton_operator.plan.labels import Component
 from baton_operator.plan.names import child_name
 from baton_operator.plan.settings import settings_text
 
-_SEE = ["get", "list", "watch"]
-
 
 def identities(plan: Blueprint) -> Iterator[Child]:
     yield child(plan, SERVICE_ACCOUNT, "worker", body={"automountServiceAccountToken": False})
@@ -22,8 +22,9 @@ def identities(plan: Blueprint) -> Iterator[Child]:
         plan, SERVICE_ACCOUNT, "router", component=Component.ROUTER, body={"automountServiceAccountToken": True}
     )
     rules: Json = [
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": _SEE},
-        {"apiGroups": [""], "resources": ["pods"], "verbs": _SEE},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]},
     ]
     yield child(plan, ROLE, "router", component=Component.ROUTER, body={"rules": rules})
     name = child_name(plan.name, "router")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from baton_common.kube.gates import REGISTERED_GATE, TRANSPORT_GATE
 from baton_common.kube.objects import Json, Object, digest, mapping
 from baton_operator.plan import commands
 from baton_operator.plan.blueprint import Blueprint, Pool
@@ -82,6 +83,8 @@ def _spec(plan: Blueprint, pool: Pool) -> dict[str, Json]:
             "labelSelector": {"matchLabels": role_selector(plan.name, pool.component)},
         }],
     }  # fmt: skip
+    if gates := _gates(pool):
+        spec["readinessGates"] = gates
     if plan.model.fetched:
         spec["initContainers"] = [_fetch(plan, pool)]
     if pool.node_selector:
@@ -93,6 +96,12 @@ def _spec(plan: Blueprint, pool: Pool) -> dict[str, Json]:
     if plan.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in plan.pull_secrets]
     return spec
+
+
+def _gates(pool: Pool) -> list[Json]:
+    """What a router has to say of a worker before its pod is Ready."""
+    kinds = {Component.ROUTER: (), Component.PREFILL: (REGISTERED_GATE, TRANSPORT_GATE)}
+    return [{"conditionType": kind} for kind in kinds.get(pool.component, (REGISTERED_GATE,))]
 
 
 def _main(plan: Blueprint, pool: Pool) -> Object:
