@@ -31,6 +31,10 @@ class RouterConfig:
     served_name: Annotated[str, Field(description="model name clients ask for; default: the folder's name")] = ""
     listen: Annotated[str, Field(description="host:port of the HTTP endpoint")] = "127.0.0.1:8000"
     workers: Annotated[CommaList, Field(description="host:port of every worker, comma separated")] = ()
+    worker_services: Annotated[
+        CommaList, Field(description="in Kubernetes, instead of workers: Services whose pods are the workers")
+    ] = ()
+    kubeconfig: Annotated[str, Field(description="cluster of worker_services; default: the one this pod runs in")] = ""
     api_keys: Annotated[CommaList, Field(description="accepted bearer keys, comma separated; none = open")] = ()
     request_timeout_s: Annotated[float, Field(gt=0, description="deadline of one request, seconds")] = 600.0
     worker_wait_s: Annotated[
@@ -48,6 +52,19 @@ class RouterConfig:
         "info"
     )
     log_style: Annotated[Literal["text", "json"], Field(description="form of the log lines")] = "text"
+
+
+def check_workers(config: RouterConfig) -> None:
+    """Workers come from one source. Raises ConfigError that names the settings."""
+    if config.workers and config.worker_services:
+        raise ConfigError(
+            "workers and worker_services are both set; give --workers host:port,… or --worker-services name,…",
+            param="worker_services",
+        )
+    if not config.workers and not config.worker_services:
+        raise ConfigError(
+            "no workers: give --workers host:port,… or, in Kubernetes, --worker-services name,…", param="workers"
+        )
 
 
 def split_address(listen: str) -> tuple[str, int]:

@@ -1,6 +1,8 @@
 """All workers together: who is up, which pair suits a prompt, whether the endpoint is ready and, if not, why.
 
-Owner of the links' tasks. Requests that found no worker register for the next change.
+Owner of the links and their tasks: links come and go with `assign`. One that left the assignment ends at once, or, if
+its worker is connected, when the stream breaks: a terminating worker finishes its answers and gets no new ones.
+Requests that found no worker register for the next change. Knows nothing of where assignments come from.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,21 +53,74 @@ class Fleet:
     """The links, and what follows from them."""
 
     def __init__(self, addresses: Sequence[str], clock: Clock) -> None:
-        router_id = f"router-{uuid.uuid4().hex[:12]}"
-        self.links = [Link(address, router_id, clock, self._changed) for address in addresses]
-        self._tasks: list[asyncio.Task[None]] = []
+        """`addresses`: a first assignment without pods."""
+        self.links: list[Link] = []
+        self.absence = "no worker is configured; set --workers"
+        """Why there is no link at all, for /ready."""
+        self.trouble = ""
+        """What keeps the assignment from following the truth, for /ready."""
+        self._router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self._clock = clock
+        self._started = False
+        self._tasks: dict[Link, asyncio.Task[None]] = {}
         self._waiters: set[Callable[[], None]] = set()
         self._turn = 0
+        self.assign(dict.fromkeys(addresses, ""))
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(link.run(), name=f"link {link.address}") for link in self.links]
+        self._started = True
+        for link in self.links:
+            self._run(link)
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        self._started = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        for task in self._tasks:
+        for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    # ---- membership
+
+    def assign(self, pods: Mapping[str, str]) -> None:
+        """These are all workers from now on: address -> name of the pod that answers there ("" = anybody).
+
+        An address that now belongs to another pod gets another link, beside the old one if that is connected still.
+        """
+        known = {(link.address, link.pod): link for link in self.links}
+        for place, link in known.items():
+            link.retired = place not in pods.items()
+            if link.retired and link.hello is None:
+                self._drop(link)
+        for address, pod in pods.items():
+            if (address, pod) not in known:
+                link = Link(address, self._router_id, self._clock, self._changed, pod=pod)
+                self.links.append(link)
+                if self._started:
+                    self._run(link)
+        self._changed()
+
+    def registered(self) -> list[Link]:
+        """Links whose worker has introduced itself and whose stream holds."""
+        return [link for link in self.links if link.hello is not None]
+
+    def _run(self, link: Link) -> None:
+        task = self._tasks[link] = asyncio.create_task(link.run(), name=f"link {link.address}")
+        task.add_done_callback(lambda _: self._ended(link))
+
+    def _ended(self, link: Link) -> None:
+        del self._tasks[link]
+        if self._started:
+            self._drop(link)
+
+    def _drop(self, link: Link) -> None:
+        """Nothing of it remains. Idempotent."""
+        if link in self.links:
+            self.links.remove(link)
+            self._changed()
+        if link in self._tasks:
+            self._tasks[link].cancel()
 
     # ---- choice
 
@@ -120,7 +175,7 @@ class Fleet:
 
     def readiness(self) -> Readiness:
         """Ready = colocated, or a decode and a prefill worker that agree on every field of Compat."""
-        open_links = [link for link in self.links if link.up and not link.load.draining]
+        open_links = [link for link in self.links if link.up and not _leaving(link)]
         by_role: dict[WorkerRole, list[Link]] = {role: [] for role in WorkerRole}
         for link in open_links:
             assert link.hello is not None
@@ -131,7 +186,9 @@ class Fleet:
             return Readiness(ready=True, reasons=())
         reasons = [f"worker {link.address}: {_state(link)}" for link in self.links if link not in open_links]
         if not self.links:
-            reasons.append("no worker is configured; set --workers")
+            reasons.append(self.absence)
+        if self.trouble:
+            reasons.append(self.trouble)
         if not decodes:
             reasons.append("no decode worker is up")
         if not prefills:
@@ -177,8 +234,12 @@ def difference(prefill: Link, decode: Link) -> str:
 
 def _state(link: Link) -> str:
     if link.state is LinkState.UP:
-        return "draining" if link.load.draining else "up"
+        return "draining" if _leaving(link) else "up"
     return f"{link.state.value}: {link.reason}" if link.reason else link.state.value
+
+
+def _leaving(link: Link) -> bool:
+    return link.retired or link.load.draining
 
 
 def _view(link: Link, prompt: Prompt) -> WorkerView:
@@ -199,5 +260,5 @@ def _view(link: Link, prompt: Prompt) -> WorkerView:
         total_pages=load.total_pages,
         step_ms=load.step_ms,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
-        draining=load.draining,
+        draining=_leaving(link),
     )

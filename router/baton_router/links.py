@@ -3,7 +3,7 @@
 Reconnects with back-off from 0.1 to 1 s. Incoming messages are dispatched by handle, synchronously, on the event loop:
 one message per step, no task switch per token. When the stream breaks, every request on it hears `on_failed`; when no
 message came for SUSPECT_S, or the step counter stands still for STALLED_S while there is work, each hears `on_silent`.
-It does not know prompts, text or HTTP. Owner of its tasks: `run`.
+A retired link is not connected again. It does not know prompts, text or HTTP. Owner of its tasks: `run`.
 """
 
 from __future__ import annotations
@@ -100,10 +100,17 @@ class Leg:
 
 
 class Link:
-    """The state of one worker as this router sees it, and the way to it."""
+    """The state of one worker as this router sees it, and the way to it.
 
-    def __init__(self, address: str, router_id: str, clock: Clock, on_change: Callable[[], None]) -> None:
+    `pod`: who has to answer at the address, because addresses of pods are used again; "" = anybody.
+    """
+
+    def __init__(
+        self, address: str, router_id: str, clock: Clock, on_change: Callable[[], None], *, pod: str = ""
+    ) -> None:
         self.address = address
+        self.pod = pod
+        self.retired = False  # gets no new requests; ends when its stream does
         self.state = LinkState.CONNECTING
         self.reason = "not connected yet"
         self.hello: wire.WorkerHello | None = None
@@ -170,7 +177,7 @@ class Link:
     # ---- life of the stream
 
     async def run(self) -> None:
-        """Connects for ever; ends only by cancellation."""
+        """Connects for ever; ends by cancellation, and when the stream of a retired link breaks."""
         backoff_s = BACKOFF_MIN_S
         while True:
             greeted = False
@@ -182,6 +189,8 @@ class Link:
             except Exception:
                 log.exception("link to %s failed unexpectedly", self.address)
                 self._lost("internal error of the router", refused=False)
+            if self.retired:
+                return
             backoff_s = BACKOFF_MIN_S if greeted else min(backoff_s * 2, BACKOFF_MAX_S)
             await asyncio.sleep(backoff_s)
 
@@ -233,6 +242,11 @@ class Link:
         if hello.protocol_version != PROTOCOL_VERSION:
             raise BatonError(
                 f"protocol_version differs: ours {PROTOCOL_VERSION}, theirs {hello.protocol_version}; upgrade the older"
+            )
+        if self.pod and hello.worker_id != self.pod:
+            raise BatonError(
+                f"{self.address} should be pod {self.pod}, but {hello.worker_id} answers there; waiting for its "
+                "EndpointSlice to follow (--worker-id of a worker must be the name of its pod)"
             )
         self.hello = hello
         self.compat = hello.compat.SerializeToString(deterministic=True)
