@@ -16,10 +16,10 @@ import typer
 from rich.console import Console
 
 from baton.errors import StartFailed
-from baton_common.errors import BatonError, ErrorKind
+from baton_common.errors import BatonError, ConfigError, ErrorKind
 
 app = typer.Typer(
-    name="baton", help="Serve a language model with prefill and decode in separate processes.",
+    name="baton", help="Serve a language model with prefill and decode in separate processes, here or in a cluster.",
     no_args_is_help=True, pretty_exceptions_enable=False,
 )  # fmt: skip
 
@@ -110,17 +110,54 @@ def chat(
 
 
 @app.command()
-def status(name: Name = None) -> None:
-    """Show processes, readiness, pages and load. Exit status 0 when ready, 1 otherwise."""
+def status(
+    service: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="of the service; none = the only one, with -n all of them")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="of a cluster: look there")] = None,
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="look in the whole cluster")] = False,
+    kubeconfig: Annotated[Path | None, typer.Option(help="default: $KUBECONFIG, ~/.kube/config, the pod's own")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="in a cluster: go on until Ctrl-C")] = False,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="text|json", help="in a cluster: form")] = "text",
+    name: Name = None,
+) -> None:
+    """Show how services stand: those of this machine, or with -n those of a cluster, and why one is not Ready.
+
+    Exit status: 0 ready; 1 not ready on this machine, nothing there, or no answer; 2 a mistake in the command; 3 a
+    service of the cluster is not Ready.
+    """
+    wanted = _one_name(service, name)
+    if namespace is not None or all_namespaces:
+        from baton.cluster_status import Output, Scope, run
+
+        if namespace is not None and all_namespaces:
+            raise ConfigError("-n is one namespace, -A are all of them; drop one", param="namespace")
+        if all_namespaces and wanted:
+            raise ConfigError("a name belongs to one namespace; give -n NAMESPACE instead of -A", param="namespace")
+        if output not in tuple(Output):
+            raise ConfigError(f"--output {output}: use {' or '.join(Output)}", param="output")
+        scope = Scope(namespace=namespace or "", name=wanted or "")
+        raise typer.Exit(
+            run(scope, kubeconfig=kubeconfig, environment=os.environ, home=Path.home(), output=Output(output),
+                watch=watch, console=_console())
+        )  # fmt: skip
+    if kubeconfig is not None or watch or output != "text":
+        raise ConfigError("--kubeconfig, --watch, --output are of clusters; add -n NAMESPACE or -A", param="namespace")
     from baton.state import find_running, state_home
     from baton.status import show
 
-    service = find_running(state_home(os.environ), name)
-    state = service.read() if service else None
+    found = find_running(state_home(os.environ), wanted)
+    state = found.read() if found else None
     if state is None:
-        sys.stdout.write(f"baton: {f'service {name!r}' if name else 'no service'} is running\n")
+        sys.stdout.write(f"baton: {f'service {wanted!r}' if wanted else 'no service'} is running\n")
         raise typer.Exit(1)
     raise typer.Exit(0 if show(state, _console()) else 1)
+
+
+def _one_name(argument: str | None, option: str | None) -> str | None:
+    if argument and option and argument != option:
+        raise ConfigError(f"two names: {argument} and --name {option}; drop one", param="name")
+    return argument or option
 
 
 @app.command()
@@ -136,6 +173,37 @@ def validate(
     spec = service.spec
     workers = ", ".join(f"{spec.pool(role).least} {role}" for role in Role)
     sys.stdout.write(f"{file}: {service.metadata.name} is valid: {spec.model.uri}, {workers}\n")
+
+
+@app.command()
+def render(
+    file: Annotated[Path, typer.Argument(help="YAML with one InferenceService")],
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="where it would be (default: the file's, else default)")
+    ] = None,
+    profile_file: Annotated[
+        Path | None, typer.Option(help="YAML with the AcceleratorProfile (default: the one that comes with Baton)")
+    ] = None,
+    router_image: Annotated[str | None, typer.Option(help="as in the operator's settings")] = None,
+    worker_image: Annotated[
+        str | None, typer.Option(help="the same; {flavour} becomes the profile's, like cpu or cuda")
+    ] = None,
+    pull_secrets: Annotated[str | None, typer.Option(help="Secrets for pulling both images, comma separated")] = None,
+    also: Annotated[
+        str, typer.Option("--with", metavar="monitors,http-routes", help="kinds that the cluster has beyond the usual")
+    ] = "",
+) -> None:
+    """Print the objects that the operator would make of a service file; what is assumed goes to standard error."""
+    from baton.render import extras
+    from baton.render import render as made
+    from baton_common.settings import resolve
+    from baton_operator.config import OperatorConfig
+
+    flags = {"router_image": router_image, "worker_image": worker_image, "image_pull_secrets": pull_secrets}
+    config = resolve(OperatorConfig, section="operator", environment=os.environ, flags=flags).value
+    rendered = made(file, namespace=namespace, profile_file=profile_file, config=config, extra=extras(also))
+    sys.stderr.write("".join(f"baton: assumed: {line}\n" for line in rendered.assumed))
+    sys.stdout.write(rendered.as_yaml())
 
 
 @app.command()
