@@ -1,14 +1,16 @@
-"""A small asynchronous client of the Kubernetes API: get, list, server-side apply, patch, delete.
+"""A small asynchronous client of the Kubernetes API: get, list, watch, server-side apply, patch, delete.
 
-Every request has a deadline; every request is counted by verb and resource; every write first asks `may_write`, so that
-a replica that lost the lead cannot write any more. Errors are typed (`errors.py`). Retries belong to the caller, whose
-reconciliation starts over anyway. One object per process; use it on one event loop.
+Every request has a deadline, a watch a bound on silence; every request is counted by verb and resource; every write
+first asks `may_write`, so that a replica that lost the lead cannot write any more. Errors are typed (`errors.py`).
+Retries belong to the caller, whose reconciliation starts over anyway. One object per process; use it on one event loop.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -22,9 +24,26 @@ from baton_common.kube.objects import Object, canonical, integer, mapping, objec
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+STRATEGIC = "application/strategic-merge-patch+json"
 _METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _PAGE = 500
-_READS = frozenset({"get", "list"})
+_READS = frozenset({"get", "list", "watch"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """All objects at one moment, from which a watch can go on."""
+
+    items: tuple[Object, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """`type`: ADDED, MODIFIED, DELETED, or BOOKMARK (whose object only has a resourceVersion)."""
+
+    type: str
+    item: Object
 
 
 class CallCounter(Protocol):
@@ -91,6 +110,10 @@ class KubeClient:
 
     async def list(self, kind: Kind, namespace: str = "", *, selector: str = "") -> tuple[Object, ...]:
         """All objects, page by page. Items get the apiVersion and kind that lists leave out."""
+        return (await self.listing(kind, namespace, selector=selector)).items
+
+    async def listing(self, kind: Kind, namespace: str = "", *, selector: str = "") -> Listing:
+        """The same, with the version of the whole."""
         found: list[Object] = []
         query = {"limit": str(_PAGE), **({"labelSelector": selector} if selector else {})}
         while True:
@@ -99,8 +122,35 @@ class KubeClient:
             found += [{**head, **item} for item in objects(page, "items")]
             more = text(page, "metadata", "continue")
             if not more:
-                return tuple(found)
+                return Listing(items=tuple(found), version=text(page, "metadata", "resourceVersion"))
             query["continue"] = more
+
+    @asynccontextmanager
+    async def watch(
+        self, kind: Kind, namespace: str = "", *, version: str, selector: str = "", limit_s: int, silence_s: float
+    ) -> AsyncIterator[AsyncIterator[Change]]:
+        """What changes after `version`. The iteration ends when the server ends it, after `limit_s` at the latest.
+
+        Raises Gone when the version is too old, KubeError when the stream breaks or is silent for `silence_s`.
+        """
+        query = {
+            "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version, "timeoutSeconds": str(limit_s),
+            **({"labelSelector": selector} if selector else {}),
+        }  # fmt: skip
+        timeout = aiohttp.ClientTimeout(total=None, connect=self._timeout.total, sock_read=silence_s)
+        began_s, code, what = self._clock.now(), 0, f"watch {kind.resource}"
+        try:
+            async with self._open().get(
+                self._credentials.server + kind.path(namespace), params=query, headers=self._headers(), timeout=timeout
+            ) as response:
+                code = response.status
+                if code >= 400:
+                    _answer(what, code, await response.read(), response.headers)
+                yield _changes(what, response.content)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unanswered(what, error) from error
+        finally:
+            self._count("watch", kind.resource, code, self._clock.now() - began_s)
 
     async def serves(self, kind: Kind) -> bool:
         """Does this cluster have the kind (its CRD)?"""
@@ -125,6 +175,14 @@ class KubeClient:
         query = {"fieldManager": manager or self._manager}
         path = kind.path(namespace, name, subresource)
         return await self._call("patch", "PATCH", kind, path, query=query, body=patch, content=MERGE)
+
+    async def strategic_merge(
+        self, kind: Kind, namespace: str, name: str, patch: Object, *, subresource: str = ""
+    ) -> Object:
+        """Patch that merges lists by their key (conditions by type). A uid in it makes it conditional (Conflict)."""
+        query = {"fieldManager": self._manager}
+        path = kind.path(namespace, name, subresource)
+        return await self._call("patch", "PATCH", kind, path, query=query, body=patch, content=STRATEGIC)
 
     async def create(self, kind: Kind, namespace: str, manifest: Object) -> Object:
         """Conflict when the name is taken."""
@@ -167,16 +225,12 @@ class KubeClient:
         accept: str = "application/json",
     ) -> Object:
         self._check_lead(verb, kind)
-        if self._session is None:
-            raise RuntimeError("the client is not open; use it as `async with`")
-        headers = {"Accept": accept, "User-Agent": self._manager}
+        headers = self._headers(accept)
         if body is not None:
             headers["Content-Type"] = content
-        if token := self._tokens.token():
-            headers["Authorization"] = f"Bearer {token}"
         began_s, code = self._clock.now(), 0
         try:
-            async with self._session.request(
+            async with self._open().request(
                 method, self._credentials.server + path, params=query, headers=headers,
                 data=None if body is None else canonical(body).encode(),
             ) as response:  # fmt: skip
@@ -184,10 +238,43 @@ class KubeClient:
                 code = response.status
                 return _answer(f"{verb} {kind.resource} {path}", code, raw, response.headers)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise KubeError(f"{verb} {kind.resource}: the API server does not answer ({reason})") from error
+            raise _unanswered(f"{verb} {kind.resource}", error) from error
         finally:
             self._count(verb, kind.resource, code, self._clock.now() - began_s)
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("the client is not open; use it as `async with`")
+        return self._session
+
+    def _headers(self, accept: str = "application/json") -> dict[str, str]:
+        headers = {"Accept": accept, "User-Agent": self._manager}
+        if token := self._tokens.token():
+            headers["Authorization"] = f"Bearer {token}"
+        return headers
+
+
+async def _changes(what: str, content: aiohttp.StreamReader) -> AsyncIterator[Change]:
+    """One JSON object per line; lines may be longer than the reader's own limit."""
+    rest = b""
+    async for block in content.iter_any():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            try:
+                event = mapping(json.loads(line))
+            except ValueError:
+                raise KubeError(f"{what}: the API server sent something else than JSON") from None
+            item = mapping(event, "object")
+            if text(event, "type") == "ERROR":
+                raise error_for(
+                    integer(item, "code"), f"{what}: {text(item, 'message')}", text(item, "reason"),
+                    float(integer(item, "details", "retryAfterSeconds")),
+                )  # fmt: skip
+            yield Change(type=text(event, "type"), item=item)
+
+
+def _unanswered(what: str, error: BaseException) -> KubeError:
+    return KubeError(f"{what}: the API server does not answer ({str(error) or type(error).__name__})")
 
 
 def _answer(what: str, code: int, raw: bytes, headers: Mapping[str, str]) -> Object:
