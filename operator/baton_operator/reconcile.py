@@ -21,16 +21,21 @@ from baton_common.kube.kinds import Kind
 from baton_common.kube.objects import Object, canonical, integer, mapping, objects, text, texts
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService, ServiceStatus, Unplaceable
 from baton_operator.apply import Applier, Changes, Live
+from baton_operator.finding import Finding
 from baton_operator.kinds import ACCELERATOR_PROFILE, CLAIM, INFERENCE_SERVICE, SECRET
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.children import Desired, desired, scale_steps
 from baton_operator.plan.intake import Platform, blueprint
 from baton_operator.plan.labels import FINALIZER
 from baton_operator.recorder import EventRecorder
-from baton_operator.status import Finding, Seen, as_written, observed, refused
+from baton_operator.status import Seen, as_written, observed, refused
 
 log = logging.getLogger("baton.operator.reconcile")
 
+_PATIENT = frozenset({
+    "PodsStarting", "Fetching", "Loading", "Waiting", "NotRegistered", "TransportNotProved", "WaitingForWorkers",
+})  # fmt: skip
+"""Reasons that every start goes through: no warning is due."""
 _PASS_S = 60.0  # longest pass; the API's own deadlines are far shorter
 
 
@@ -202,11 +207,10 @@ class Reconciler:
         ready = _condition(status, ConditionType.READY)
         if ready.status == "True" and text(old.get("Ready"), "status") != "True":
             await self._recorder.tell(service, "Normal", ready.reason, ready.message)
-        patient = ("Unknown", "PodsStarting", "Fetching", "Loading", "Waiting", "NoPods", "NotAccepted")
         for condition in status.conditions:
             if condition.type in ("Ready", "Progressing") or condition.status != "False":
                 continue
-            if condition.reason not in patient and text(old.get(condition.type), "reason") != condition.reason:
+            if condition.reason not in _PATIENT and text(old.get(condition.type), "reason") != condition.reason:
                 await self._recorder.tell(service, "Warning", condition.reason, condition.message)
 
     async def _clean_up(self, namespace: str, name: str, service: Object) -> Outcome:

@@ -10,25 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from baton_common.kube.gates import REGISTERED_GATE, TRANSPORT_GATE
 from baton_common.kube.objects import Object, integer, mapping, objects, text
 from baton_operator.api import Condition, ConditionType, RolesStatus, RoleStatus, ServiceStatus
-from baton_operator.api.status import ConditionStatus
+from baton_operator.finding import Finding
+from baton_operator.gating import Group, runs, transport, waiting
 from baton_operator.plan.blueprint import Blueprint, Pool
 from baton_operator.plan.children import Desired
 from baton_operator.plan.labels import REVISION_LABEL, WORKERS, Component, role_selector
 from baton_operator.plan.names import child_name
 from baton_operator.plan.pods import FETCH_CONTAINER
 from baton_operator.trouble import first_trouble
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One condition without its times."""
-
-    status: ConditionStatus
-    reason: str
-    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +49,9 @@ def observed(
     plan: Blueprint, wanted: Desired, seen: Seen, *, generation: int, previous: Object, now: str
 ) -> ServiceStatus:
     """Of a service whose objects are applied."""
-    roles = {pool.component: _role(plan, wanted, seen, pool) for pool in plan.pools}
-    findings = _findings(plan, wanted, seen, roles)
+    groups = {pool.component: _group(wanted, seen, pool) for pool in plan.pools}
+    roles = {part: _role(plan, group) for part, group in groups.items()}
+    findings = _findings(plan, wanted, seen, groups)
     complete = findings[ConditionType.READY].status == "True"
     return ServiceStatus(
         observed_generation=generation,
@@ -83,18 +75,16 @@ def url_of(plan: Blueprint) -> str:
     return plan.endpoint.public_url or inside
 
 
-def _role(plan: Blueprint, wanted: Desired, seen: Seen, pool: Pool) -> RoleStatus:
-    current = _current(wanted, seen, pool.component)
-    ready = [pod for pod in current if _pod_condition(pod, "Ready") == "True"]
+def _group(wanted: Desired, seen: Seen, pool: Pool) -> Group:
     deployment = seen.deployments.get(pool.component, {})
-    desired = pool.scale.first if pool.scale.fixed is not None else integer(deployment, "spec", "replicas")
-    selector = ",".join(f"{key}={value}" for key, value in role_selector(plan.name, pool.component).items())
+    asked = pool.scale.first if pool.scale.fixed is not None else integer(deployment, "spec", "replicas")
+    return Group(component=pool.component, asked=asked, pods=_current(wanted, seen, pool.component))
+
+
+def _role(plan: Blueprint, group: Group) -> RoleStatus:
+    selector = ",".join(f"{key}={value}" for key, value in role_selector(plan.name, group.component).items())
     return RoleStatus.of(
-        desired=desired,
-        updated=len(current),
-        ready=len(ready),
-        routable=sum(_registered(pod) for pod in ready),
-        selector=selector,
+        desired=group.asked, updated=len(group.pods), ready=group.ready, routable=group.routable, selector=selector
     )
 
 
@@ -109,36 +99,25 @@ def _current(wanted: Desired, seen: Seen, component: Component) -> list[Object]:
     ]
 
 
-def _registered(pod: Object) -> bool:
-    """A pod without the gate makes no such promise: being ready is all there is to know."""
-    gates = [text(gate, "conditionType") for gate in objects(pod, "spec", "readinessGates")]
-    return REGISTERED_GATE not in gates or _pod_condition(pod, REGISTERED_GATE) == "True"
-
-
-def _pod_condition(pod: Object, kind: str) -> str:
-    conditions = objects(pod, "status", "conditions")
-    return next((text(item, "status") for item in conditions if text(item, "type") == kind), "")
-
-
 def _findings(
-    plan: Blueprint, wanted: Desired, seen: Seen, roles: Mapping[Component, RoleStatus]
+    plan: Blueprint, wanted: Desired, seen: Seen, groups: Mapping[Component, Group]
 ) -> dict[ConditionType, Finding]:
     decoders = [pool.component for pool in plan.workers if pool.component is not Component.PREFILL]
     prefill = [pool.component for pool in plan.workers if pool.component is Component.PREFILL]
     found = {
         ConditionType.ACCEPTED: Finding(status="True", reason="Valid", message="spec and profile fit together"),
-        ConditionType.MODEL_READY: _model(plan, wanted, seen),
-        ConditionType.PREFILL_READY: _pods_ready(prefill, wanted, seen, roles),
-        ConditionType.DECODE_READY: _pods_ready(decoders, wanted, seen, roles),
-        ConditionType.ROUTER_READY: _pods_ready([Component.ROUTER], wanted, seen, roles),
-        ConditionType.TRANSPORT_READY: _transport(plan, wanted, seen),
+        ConditionType.MODEL_READY: _model(plan, groups),
+        ConditionType.PREFILL_READY: _pods_ready(plan, prefill, seen, groups),
+        ConditionType.DECODE_READY: _pods_ready(plan, decoders, seen, groups),
+        ConditionType.ROUTER_READY: _pods_ready(plan, [Component.ROUTER], seen, groups),
+        ConditionType.TRANSPORT_READY: _transport(groups),
         **seen.missing,
     }
     blocking = [item for kind, item in found.items() if item.status == "False"]
     # no probe has been reported yet: that alone says nothing against serving
     waiting = [found[kind] for kind in found if found[kind].status == "Unknown" and kind != "TransportReady"]
     worst = next(iter((*blocking, *waiting)), None)
-    found[ConditionType.PROGRESSING] = _progress(seen, roles, worst)
+    found[ConditionType.PROGRESSING] = _progress(seen, groups, worst)
     if worst is None:
         found[ConditionType.READY] = Finding(status="True", reason="Serving", message=f"serving at {url_of(plan)}")
     else:
@@ -147,48 +126,52 @@ def _findings(
 
 
 def _pods_ready(
-    components: Iterable[Component], wanted: Desired, seen: Seen, roles: Mapping[Component, RoleStatus]
+    plan: Blueprint, components: Iterable[Component], seen: Seen, groups: Mapping[Component, Group]
 ) -> Finding:
-    parts = list(components)
-    asked = sum(roles[part].desired for part in parts)
-    ready = sum(min(roles[part].routable, roles[part].desired) for part in parts)
-    names = " and ".join(part.value for part in parts)
-    if asked == 0 and all(part in seen.deployments for part in parts):
+    parts = [groups[component] for component in components]
+    asked = sum(part.asked for part in parts)
+    names = " and ".join(part.component.value for part in parts)
+    made = all(part.component in seen.deployments for part in parts)
+    if asked == 0 and made:
         return Finding(status="True", reason="NotUsed", message=f"no {names or 'prefill'} workers are asked for")
-    if all(part in seen.deployments for part in parts) and ready >= asked:
-        return Finding(status="True", reason="PodsReady", message=f"{ready} of {asked} {names} pods ready")
-    for part in parts:
-        if stuck := _stuck(part, wanted, seen):
+    behind = [part for part in parts if part.component not in seen.deployments or part.ready < part.asked]
+    if not behind:
+        return Finding(status="True", reason="PodsReady", message=f"{asked} of {asked} {names} pods ready")
+    for part in behind:
+        if stuck := _stuck(part, seen):
             return stuck
-    message = f"{ready} of {asked} {names} pods of the updated revision are ready"
-    return Finding(status="False", reason="PodsStarting", message=message)
+    logs = f"kubectl logs -n {plan.namespace} deploy/{child_name(plan.name, Component.ROUTER.value)}"
+    return waiting(behind[0], routers=groups[Component.ROUTER], logs=logs)
 
 
-def _stuck(component: Component, wanted: Desired, seen: Seen) -> Finding | None:
+def _stuck(group: Group, seen: Seen) -> Finding | None:
     """A cause that time alone does not heal."""
-    if trouble := first_trouble(_current(wanted, seen, component), fetching=False):
+    name = group.component.value
+    if trouble := first_trouble(group.pods, fetching=False):
         return Finding(status="False", reason=trouble.reason, message=trouble.message)
-    for condition in objects(seen.deployments.get(component, {}), "status", "conditions"):
+    for condition in objects(seen.deployments.get(group.component, {}), "status", "conditions"):
         if text(condition, "type") == "ReplicaFailure" and text(condition, "status") == "True":
-            message = f"pods of {component.value} are refused: {text(condition, 'message')}; correct the podTemplate, "
+            message = f"pods of {name} are refused: {text(condition, 'message')}; correct the podTemplate, "
             return Finding(status="False", reason="PodsRefused", message=message + "the quota or the policy")
         if text(condition, "reason") == "ProgressDeadlineExceeded":
-            message = f"{component.value} makes no progress: {text(condition, 'message')}; see `kubectl describe pods`"
+            message = f"{name} makes no progress: {text(condition, 'message')}; see `kubectl describe pods`"
             return Finding(status="False", reason="NoProgress", message=message)
     return None
 
 
-def _model(plan: Blueprint, wanted: Desired, seen: Seen) -> Finding:
-    pods = [pod for component in WORKERS if component in wanted.revisions for pod in _current(wanted, seen, component)]
-    if trouble := first_trouble(pods, fetching=True):
+def _model(plan: Blueprint, groups: Mapping[Component, Group]) -> Finding:
+    # routers fetch a tokeniser, and may fail at that too
+    if trouble := first_trouble((pod for group in groups.values() for pod in group.pods), fetching=True):
         return Finding(status="False", reason=trouble.reason, message=trouble.message)
-    if not pods:
+    workers = [(part, pod) for part, group in groups.items() if part in WORKERS for pod in group.pods]
+    if not workers:
         return Finding(status="Unknown", reason="NoPods", message="no worker pod looks for the model yet")
-    if any(_pod_condition(pod, "Ready") == "True" for pod in pods):
+    # loaded before it is Ready: that also takes a router
+    if any(runs(pod, part) for part, pod in workers):
         return Finding(status="True", reason="Loaded", message=f"{plan.model.uri} is loaded")
-    if any(_fetching(pod) for pod in pods):
+    if any(_fetching(pod) for _, pod in workers):
         return Finding(status="False", reason="Fetching", message=f"{plan.model.uri} is being fetched")
-    if not any(mapping(status, "state", "running") for pod in pods for status in _containers(pod)):
+    if not any(mapping(status, "state", "running") for _, pod in workers for status in _containers(pod)):
         return Finding(status="False", reason="Waiting", message="no worker has started, so none has seen the model")
     return Finding(status="False", reason="Loading", message=f"{plan.model.uri} is being loaded")
 
@@ -204,33 +187,23 @@ def _fetching(pod: Object) -> bool:
     )
 
 
-def _transport(plan: Blueprint, wanted: Desired, seen: Seen) -> Finding:
-    if plan.pool(Component.PREFILL) is None:
+def _transport(groups: Mapping[Component, Group]) -> Finding:
+    prefill, decode = groups.get(Component.PREFILL), groups.get(Component.DECODE)
+    if prefill is None or decode is None:
         return Finding(status="True", reason="NotUsed", message="no KV travels between pods")
-    pods = _current(wanted, seen, Component.PREFILL)
-    told = [pod for pod in pods if _pod_condition(pod, TRANSPORT_GATE)]
-    if not told:
-        return Finding(status="Unknown", reason="NotReported", message="no prefill worker reports a transport probe")
-    if failed := [pod for pod in told if _pod_condition(pod, TRANSPORT_GATE) != "True"]:
-        name = text(failed[0], "metadata", "name")
-        detail = next(
-            (text(item, "message") for item in objects(failed[0], "status", "conditions")
-             if text(item, "type") == TRANSPORT_GATE),
-            "",
-        )  # fmt: skip
-        return Finding(status="False", reason="ProbeFailed", message=f"pod {name} cannot hand over KV: {detail}")
-    return Finding(status="True", reason="Probed", message=f"{len(told)} prefill workers have proved their transport")
+    return transport(prefill, decode)
 
 
-def _progress(seen: Seen, roles: Mapping[Component, RoleStatus], worst: Finding | None) -> Finding:
+def _progress(seen: Seen, groups: Mapping[Component, Group], worst: Finding | None) -> Finding:
+    updated, asked = sum(len(group.pods) for group in groups.values()), sum(group.asked for group in groups.values())
     old = sum(
-        integer(seen.deployments.get(part, {}), "status", "replicas") > role.updated for part, role in roles.items()
+        integer(seen.deployments.get(part, {}), "status", "replicas") > len(group.pods)
+        for part, group in groups.items()
     )
     if worst is None and old == 0:
         return Finding(status="False", reason="Complete", message="all pods are of the updated revision and ready")
     if worst is not None and worst.reason == "NoProgress":
         return Finding(status="False", reason="NoProgress", message=worst.message)
-    updated, asked = sum(role.updated for role in roles.values()), sum(role.desired for role in roles.values())
     return Finding(status="True", reason="RollingOut", message=f"{updated} of {asked} pods are of the updated revision")
 
 

@@ -9,10 +9,11 @@ from support.operator_world import PLATFORM, Tree, profile_object, service_objec
 
 from baton_common.kube.objects import Object
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService
+from baton_operator.finding import Finding
 from baton_operator.plan.children import Desired, desired
 from baton_operator.plan.intake import blueprint
 from baton_operator.plan.labels import REVISION_LABEL, Component
-from baton_operator.status import Finding, Seen, as_written, observed
+from baton_operator.status import Seen, as_written, observed
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z"
 PLAN = blueprint(InferenceService.parse(service_object()), AcceleratorProfile.parse(profile_object()), PLATFORM)
@@ -131,14 +132,6 @@ def test_old_pods_beside_ready_new_ones_are_progress_and_ready() -> None:
     status = told(see(decode=[pod(Component.DECODE), pod(Component.DECODE, revision="old")]))
     assert condition(status, "Ready")["status"] == "True"
     assert condition(status, "Progressing")["status"] == "True"
-
-
-def test_a_pod_with_the_router_gate_is_routable_only_when_registered() -> None:
-    waiting = pod(Component.DECODE)
-    waiting["spec"] = {"readinessGates": [{"conditionType": "serving.baton.dev/router-registered"}]}
-    status = told(see(decode=[waiting]))
-    assert (status["roles"]["decode"]["ready"], status["roles"]["decode"]["routable"]) == (1, 0)
-    assert condition(status, "DecodeReady")["status"] == "False"
 
 
 @pytest.mark.parametrize(("gate", "expected"), [("True", "True"), ("False", "False"), ("", "Unknown")])

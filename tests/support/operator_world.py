@@ -218,6 +218,8 @@ class World:
             if item.get("kind") == "Deployment":
                 count = item["spec"].setdefault("replicas", 1)
                 template = item["spec"]["template"]
+                gates = template["spec"].get("readinessGates", [])
+                told = ["Ready", *(gate["conditionType"] for gate in gates)]
                 for index in range(count):
                     pod = {
                         "apiVersion": "v1",
@@ -226,8 +228,8 @@ class World:
                             "name": f"{item['metadata']['name']}-{index}", "namespace": "ns",
                             "labels": dict(template["metadata"]["labels"]),
                         },
-                        "spec": {},
-                        "status": {"conditions": [{"type": "Ready", "status": "True" if ready else "False"}]},
+                        "spec": {"readinessGates": gates},
+                        "status": {"conditions": [{"type": kind, "status": str(ready)} for kind in told]},
                     }  # fmt: skip
                     self.server.put(POD, pod)
                 item["status"] = {"replicas": count}
