@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -81,6 +81,29 @@ class Order:
     local_below_tokens: int
     priority: int = 0
     traceparent: str = ""
+
+
+def submission(
+    order: Order, mode: wire.SubmitMode, *, outputs: Sequence[int], now_s: float, ticket: wire.Ticket | None = None
+) -> wire.Submit:
+    """What one worker is told of an order; `outputs` are the tokens made so far, elsewhere."""
+    left_ms = max(int((order.deadline_s - now_s) * 1000), 1)
+    message = wire.Submit(
+        request_id=order.request_id,
+        mode=mode,
+        tokens=order.prompt.raw + token_bytes(outputs) if outputs else order.prompt.raw,
+        prompt_tokens=len(order.prompt.ids),
+        sampling=order.sampling,
+        deadline_ms=min(left_ms, 2**32 - 1),
+        cache_salt=order.prompt.cache_salt,
+        traceparent=order.traceparent,
+        priority=order.priority,
+    )
+    if mode == wire.SUBMIT_MODE_RESERVE:
+        message.local_below_tokens = order.local_below_tokens
+    if ticket is not None:
+        message.ticket.CopyFrom(ticket)
+    return message
 
 
 class Flight:
@@ -154,24 +177,7 @@ class Flight:
         self._decode = found.decode.submit(self._submission(mode), self, charge)
 
     def _submission(self, mode: wire.SubmitMode, ticket: wire.Ticket | None = None) -> wire.Submit:
-        order = self._order
-        left_ms = max(int((order.deadline_s - self._loop.time()) * 1000), 1)
-        message = wire.Submit(
-            request_id=order.request_id,
-            mode=mode,
-            tokens=order.prompt.raw + token_bytes(self._outputs) if self._outputs else order.prompt.raw,
-            prompt_tokens=len(order.prompt.ids),
-            sampling=order.sampling,
-            deadline_ms=min(left_ms, 2**32 - 1),
-            cache_salt=order.prompt.cache_salt,
-            traceparent=order.traceparent,
-            priority=order.priority,
-        )
-        if mode == wire.SUBMIT_MODE_RESERVE:
-            message.local_below_tokens = order.local_below_tokens
-        if ticket is not None:
-            message.ticket.CopyFrom(ticket)
-        return message
+        return submission(self._order, mode, outputs=self._outputs, now_s=self._loop.time(), ticket=ticket)
 
     def _wait(self) -> None:
         """Nobody fits. Those that failed get another chance after a pause; else a change of the fleet wakes us."""
