@@ -1,4 +1,4 @@
-"""The transport probe: what proves a pair, what breaks it, and what says nothing about it. Real gRPC, scripted workers."""
+"""The transport probe: what proves a pair, what breaks it, and what says nothing of it. Real gRPC, scripted workers."""
 
 from __future__ import annotations
 
