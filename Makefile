@@ -8,13 +8,14 @@ TESTS ?= tests
 PYTHON ?=
 UPGRADE ?=
 IMAGES ?=
+E2E ?=
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/baton_proto/*.proto)
 STUBS := proto/baton_proto/worker_pb2.py
 
-.PHONY: help up down install test lint bench lock chart images clean
+.PHONY: help up down install test e2e lint bench lock chart images clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "             PORT=$(PORT) NAME=$(NAME) MODEL=folder-or-hub-name UP='more flags of baton up'"
 	@echo "make down    stop them (NAME=$(NAME))"
 	@echo "make test    the test suite (TESTS=tests/cli for one room)"
+	@echo "make e2e     the story on a real cluster: KUBECONFIG, else the test cluster kit, else kind (E2E='-k operator')"
 	@echo "make lint    ruff, mypy, import rings, the torch-free rooms, sizes and settings"
 	@echo "make bench   value, ceiling and fraction of each figure on this machine"
 	@echo "make lock    write constraints.txt anew (UPGRADE=--upgrade for the newest versions)"
@@ -56,6 +58,9 @@ test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process and not cluster" $(TESTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process $(TESTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs $(TESTS)
+
+e2e: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs --durations=10 e2e $(E2E)
 
 lint: install
 	@echo "lint: ruff" && $(BIN)/ruff check .

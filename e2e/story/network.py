@@ -19,7 +19,8 @@ from typing import Any
 from story.place import INDEX, Place
 from story.watch import PodHistory, Seen
 
-NODE, HOST = f"172.29.{INDEX}.2", f"172.29.{INDEX}.1"
+HOST = f"172.29.{INDEX}.1"
+NODE_ADDRESSES = frozenset({f"172.29.{INDEX}.2", f"10.{244 - INDEX}.0.1"})  # its own, and its end of the pods' bridge
 _LINE = re.compile(r"\[NEW\] (\w+) .*?src=(\S+) dst=(\S+) sport=\d+ dport=(\d+) .*?src=(\S+) dst=\S+ sport=(\d+)")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +28,10 @@ from story.place import Place
 TEAM = "team-a"
 SERVICE = "demo"
 OPERATOR = f"{RELEASE}-operator"
-ROLES = ("prefill", "decode", "router")
+WORKERS = ("prefill", "decode")
+ROLES = (*WORKERS, "router")
 METRICS_PORTS = {"prefill": 9090, "decode": 9090, "router": 8000, "operator": 9090}
+RESYNC_S = 5  # passes over a service that is at rest, often enough to count them
 WAIT_S = 180.0  # generous: two cores, sixteen streams, and an import of torch per pod
 
 
@@ -67,7 +70,9 @@ class World:
     def release(self, verb: str, **values: Any) -> str:
         """`helm install` or `upgrade` of the chart, waiting until its pods are Ready."""
         flags = ("--namespace", NAMESPACE, "--wait", "--timeout", "240s")
-        return self.helm(verb, RELEASE, str(CHART), *flags, values={**self.place.values, **values})
+        operator = {"settings": {"resync_s": RESYNC_S}, **values.get("operator", {})}
+        whole = {**self.place.values, **values, "operator": operator}
+        return self.helm(verb, RELEASE, str(CHART), *flags, values=whole)
 
     def apply(self, *objects: Mapping[str, Any]) -> None:
         self.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
@@ -91,8 +96,27 @@ class World:
     def names(self, role: str) -> set[str]:
         return {pod["metadata"]["name"] for pod in self.pods(role)}
 
-    def worker_uids(self) -> set[str]:
-        return {pod["metadata"]["uid"] for role in ROLES for pod in self.pods(role)}
+    def ready_names(self, role: str) -> set[str]:
+        return {pod["metadata"]["name"] for pod in self.ready_pods(role)}
+
+    def all_names(self, role: str) -> set[str]:
+        """Those on their way out too."""
+        selector = f"serving.baton.dev/service={SERVICE},serving.baton.dev/role={role}"
+        return {pod["metadata"]["name"] for pod in self.get("pods", "-n", TEAM, "-l", selector)["items"]}
+
+    def exists(self, kind: str, name: str) -> bool:
+        return bool(self.kubectl("get", kind, name, "-n", TEAM, "--ignore-not-found", "-o", "name"))
+
+    def kill_main(self, pod: str) -> None:
+        """kill -9 of the server's process, from the node: process 1 of a container cannot be killed from inside."""
+        uid = self.get("pod", pod, "-n", TEAM)["metadata"]["uid"]
+        victims = [
+            folder.name for folder in Path("/proc").glob("[0-9]*")
+            if uid in _text(folder / "cgroup") and b"baton-" in _bytes(folder / "cmdline")
+        ]  # fmt: skip
+        assert victims, f"no process of pod {pod}"
+        for pid in victims:
+            os.kill(int(pid), signal.SIGKILL)
 
     def service(self) -> dict[str, Any]:
         """The InferenceService; its conditions by type are `conditions(...)`."""
@@ -123,6 +147,11 @@ class World:
                     if item.name == sample and labels.items() <= item.labels.items():
                         found += item.value
         return found
+
+    def steps(self, pod: str, role: str) -> float:
+        """How many steps of the engine one worker made."""
+        found = text_string_to_metric_families(self.metrics_text(pod, role))
+        return sum(item.value for family in found for item in family.samples if item.name == "baton_engine_steps_total")
 
     def writes(self) -> dict[str, float]:
         """How often the operator wrote, by verb and resource, its Lease left out."""
@@ -225,3 +254,15 @@ class World:
 def conditions(item: Mapping[str, Any]) -> dict[str, str]:
     """Type -> status."""
     return {one["type"]: one["status"] for one in item.get("status", {}).get("conditions", ())}
+
+
+def _bytes(path: Path) -> bytes:
+    """Of a file that may have gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _text(path: Path) -> str:
+    return _bytes(path).decode(errors="replace")

@@ -1,0 +1,122 @@
+"""Sixteen clients stream while pods come, go and are replaced. Nobody gets an error, a wrong or a short answer.
+
+The sample is edited once, so that an autoscaler's numbers are free to change, answers do not depend on who computes
+beside whom (float32), and there are two routers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from story.load import Load, client
+from story.prometheus import Prometheus
+from story.watch import PodHistory, Truth
+from story.world import SERVICE, TEAM, World
+
+SMALL = {"requests": {"cpu": "50m", "memory": "256Mi"}}
+ONE_THREAD = {"spec": {"containers": [{"name": "main", "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}]}}
+SCALABLE = {"replicas": None, "minReplicas": 1, "maxReplicas": 3, "resources": SMALL, "podTemplate": ONE_THREAD}
+EDIT = {
+    "model": {"dtype": "float32"}, "prefill": SCALABLE, "decode": SCALABLE,
+    "router": {"replicas": 2, "resources": SMALL},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def truth(world: World, edited: None, url: str) -> Iterator[Truth]:
+    """What `kubectl get isvc` claims, checked during all of it."""
+
+    def serves() -> bool:
+        try:
+            with client(url) as asking:
+                return bool(asking.models.list().data)
+        except Exception:
+            return False
+
+    with Truth(cluster=world.place.cluster, serves=serves).watching() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def edited(world: World, prometheus: Prometheus | None, history: PodHistory) -> None:
+    world.patch_service(EDIT)
+    world.wait_rolled_out()
+    world.wait_ready(prefill=1, decode=1, router=2)
+
+
+def scale(world: World, role: str, count: int) -> None:
+    """As `kubectl autoscale` or an HPA does it: by the scale of the Deployment."""
+    world.kubectl("scale", f"deployment/{SERVICE}-{role}", "-n", TEAM, f"--replicas={count}")
+    world.wait_ready(**{role: count})
+
+
+def pod_of(world: World, role: str) -> str:
+    return min(world.names(role))
+
+
+def delete(world: World, role: str) -> str:
+    name = pod_of(world, role)
+    world.kubectl("delete", "pod", name, "-n", TEAM, "--wait=false")
+    return name
+
+
+def test_the_undisturbed_service_answers_everybody_alike(load: Load) -> None:
+    """The yardstick of all that follows: alone or among sixteen, an answer is the same."""
+    with load.undisturbed_by("nothing"):
+        pass
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_scaling_up_and_down_costs_nobody_an_answer(world: World, load: Load, role: str) -> None:
+    with load.undisturbed_by(f"{role} 1 -> 3"):
+        scale(world, role, 3)
+    for pod in world.pods(role):
+        name = pod["metadata"]["name"]
+        world.wait(f"work on {name}", lambda name=name: world.steps(name, role) > 0)
+    with load.undisturbed_by(f"{role} 3 -> 1"):
+        scale(world, role, 1)
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill", "router"])
+def test_deleting_a_pod_costs_nobody_an_answer(world: World, load: Load, role: str) -> None:
+    """The only one of its role, but for the router."""
+    counts = {"prefill": 1, "decode": 1, "router": 2}
+    with load.undisturbed_by(f"{role} pod deleted"):
+        name = delete(world, role)
+        world.wait(f"{name} is gone", lambda: not world.exists("pod", name))
+        world.wait_ready(**counts)
+
+
+def test_an_update_of_a_role_is_rolled_out_without_an_error(world: World, load: Load) -> None:
+    before = world.names("decode")
+    patch: dict[str, Any] = json.loads(json.dumps(ONE_THREAD))
+    patch["metadata"] = {"annotations": {"note": "changed"}}
+    with load.undisturbed_by("decode updated"):
+        world.patch_service({"decode": {"podTemplate": patch}})
+        world.wait_rolled_out()
+        world.wait("old pods are gone", lambda: not before & world.all_names("decode"))
+    assert world.names("decode")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_is_killed_costs_nobody_an_answer(
+    world: World, load: Load, history: PodHistory, role: str
+) -> None:
+    """kill -9 in its container: the kubelet starts it again at the same address."""
+    if world.place.node_pid is None:
+        pytest.skip("the node is not ours to kill processes on")
+    name = pod_of(world, role)
+    with load.undisturbed_by(f"{role} killed"):
+        world.kill_main(name)
+        world.wait(f"{name} starts again", lambda: history.restarts.get(name, 0) >= 1)
+        world.wait_ready(**{role: 1})
+
+
+def test_get_isvc_told_the_truth_all_along(truth: Truth, history: PodHistory) -> None:
+    print("\n" + "\n".join(truth.rows))
+    assert truth.confirmed > 0
+    assert truth.lies == []
+    assert history.early == []
