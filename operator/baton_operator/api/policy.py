@@ -30,8 +30,8 @@ class Transport(Strict):
 class Rollout(Strict):
     """How many workers of each role may be on top of, or missing from, the wanted number while a revision changes."""
 
-    max_surge: IntOrPercent = 1
-    max_unavailable: IntOrPercent = 0
+    max_surge: Annotated[IntOrPercent, Field(description="workers on top, as a number or a part like 25%")] = 1
+    max_unavailable: Annotated[IntOrPercent, Field(description="workers missing, as a number or a part like 25%")] = 0
 
     @rule(
         cel="!(string(self.maxSurge) in ['0', '0%'] && string(self.maxUnavailable) in ['0', '0%'])",

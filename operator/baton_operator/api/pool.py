@@ -50,8 +50,10 @@ class Resources(Strict):
 
 
 class PodMetadata(Strict):
-    labels: LabelMap = Field(default_factory=dict)
-    annotations: AnnotationMap = Field(default_factory=dict)
+    labels: Annotated[LabelMap, Field(description="on top of the operator's own")] = Field(default_factory=dict)
+    annotations: Annotated[AnnotationMap, Field(description="on top of the operator's own")] = Field(
+        default_factory=dict
+    )
 
     @rule(
         cel=f"!has(self.labels) || !self.labels.exists(k, k.startsWith('{GROUP}/'))", field="labels",
@@ -85,7 +87,9 @@ class Pool(Strict):
         int | None, Field(ge=1, le=1024, description="most workers, when an autoscaler sets the number")
     ] = None
     parallelism: Annotated[Parallelism | None, Field(description="default: spec.parallelism")] = None
-    resources: Annotated[Resources | None, Field(description="default: what the profile says")] = None
+    resources: Annotated[
+        Resources | None, Field(description="requests and limits of CPU, memory and the like; default: the profile's")
+    ] = None
     pod_template: PodTemplate | None = None
 
     @rule(

@@ -22,7 +22,7 @@ EnvMap = Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_
 
 class Gpus(Strict):
     resource: Annotated[ResourceName, Field(description="like nvidia.com/gpu")]
-    per_node: Annotated[int, Field(ge=1, le=64)]
+    per_node: Annotated[int, Field(ge=1, le=64, description="GPUs of one node; no worker gets more")]
 
 
 class Rdma(Strict):
@@ -57,9 +57,11 @@ class ProfileSpec(Strict):
     arch: Annotated[Literal["amd64", "arm64"] | None, Field(description="of the nodes; absent = any")] = None
     gpu: Annotated[Gpus | None, Field(description="absent = the workers use no GPU")] = None
     rdma: Annotated[Rdma | None, Field(description="absent = KV travels over the pod network")] = None
-    node_selector: LabelMap = Field(default_factory=dict)
-    tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field(default_factory=list)
-    runtime_class_name: ObjectName | None = None
+    node_selector: Annotated[LabelMap, Field(description="labels of the nodes")] = Field(default_factory=dict)
+    tolerations: Annotated[
+        list[Toleration], Field(max_length=16, description="of the nodes' taints, as in a pod")
+    ] = Field(default_factory=list)
+    runtime_class_name: Annotated[ObjectName | None, Field(description="RuntimeClass of the workers")] = None
     env: Annotated[EnvMap, Field(description="environment of the workers")] = Field(default_factory=dict)
     linux_capabilities: Annotated[
         list[LinuxCapability],

@@ -41,9 +41,9 @@ class ServiceSpec(Strict):
     model: Model
     profile: Annotated[ObjectName, Field(description="the AcceleratorProfile of the workers")] = "cpu"
     parallelism: Parallelism = Field(default_factory=Parallelism)
-    prefill: Annotated[Pool | None, Field(description="workers that compute prompts")] = None
-    decode: Annotated[Pool | None, Field(description="workers that write answers")] = None
-    colocated: Annotated[Pool | None, Field(description="workers that do both themselves")] = None
+    prefill: Annotated[Pool | None, Field(description="workers that compute prompts; 1, without colocated")] = None
+    decode: Annotated[Pool | None, Field(description="workers that write answers; 1, without colocated")] = None
+    colocated: Annotated[Pool | None, Field(description="workers that do both themselves; 0")] = None
     router: Router = Field(default_factory=Router)
     transport: Transport = Field(default_factory=Transport)
     rollout: Rollout = Field(default_factory=Rollout)

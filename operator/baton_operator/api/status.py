@@ -41,7 +41,7 @@ class Condition(Strict):
 class RoleStatus(Strict):
     """Pods of one role."""
 
-    desired: Tally = 0
+    desired: Annotated[Tally, Field(description="pods asked for")] = 0
     updated: Annotated[Tally, Field(description="pods of the updated revision")] = 0
     ready: Annotated[Tally, Field(description="of those, the ready ones")] = 0
     routable: Annotated[Tally, Field(description="of those, the ones registered with a router")] = 0
@@ -71,6 +71,7 @@ class ServiceStatus(Strict):
         list[Condition],
         Field(
             max_length=16,
+            description="each with status, reason, message and the time of its last change",
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = Field(default_factory=list)
