@@ -20,13 +20,14 @@ from baton_common.kube.errors import KubeError, NameTaken
 from baton_common.kube.kinds import Kind
 from baton_common.kube.objects import Object, canonical, integer, mapping, objects, text, texts
 from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService, ServiceStatus, Unplaceable
-from baton_operator.apply import Applier, Changes, Live
+from baton_operator.apply import Applier, Changes
 from baton_operator.finding import Finding
-from baton_operator.kinds import ACCELERATOR_PROFILE, CLAIM, INFERENCE_SERVICE, SECRET
+from baton_operator.kinds import ACCELERATOR_PROFILE, CLAIM, HTTP_ROUTE, INFERENCE_SERVICE, SECRET
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.children import Desired, desired, scale_steps
 from baton_operator.plan.intake import Platform, blueprint
 from baton_operator.plan.labels import FINALIZER
+from baton_operator.plan.limits import kv_mismatch, unsupported
 from baton_operator.recorder import EventRecorder
 from baton_operator.status import Seen, as_written, observed, refused
 
@@ -105,11 +106,11 @@ class Reconciler:
 
     async def _converge(self, namespace: str, name: str, service: Object) -> Outcome:
         facts = self._facts()
-        parsed = _parse(service)
-        plan = await self._plan(parsed, facts.platform)
-        wanted = desired(plan, served=facts.served)
+        plan = await self._plan(_parse(service), facts.platform)
+        served = await self._served(plan, facts)
+        wanted = desired(plan, served=served)
         uid = text(service, "metadata", "uid")
-        live = await self._applier.live(namespace, name, uid, served=facts.served)
+        live = await self._applier.live(namespace, name, uid, served=served)
         changes = await self._applier.converge(wanted.children, live, uid)
         if changes.refused:
             raise Refused("ApplyFailed", f"the API server refuses {changes.refused[0]}; correct the service")
@@ -118,29 +119,38 @@ class Reconciler:
                 "applied %d, deleted %d objects", len(changes.applied), len(changes.deleted),
                 extra={"namespace": namespace, "service": name, "revision": wanted.revision},
             )  # fmt: skip
-            live = await self._applier.live(namespace, name, uid, served=facts.served)
+            live = await self._applier.live(namespace, name, uid, served=served)
         replicas = {part: integer(item, "spec", "replicas") for part, item in live.deployments().items()}
         for step in scale_steps(plan, replicas):
             await self._applier.scale(namespace, step)
-        return await self._report(service, plan, wanted, live, changes)
+        missing = await self._missing(plan, served)
+        seen = Seen(deployments=live.deployments(), pods=live.pods, missing=missing)
+        return await self._report(service, plan, wanted, seen, changes)
 
     async def _report(
-        self, service: Object, plan: Blueprint, wanted: Desired, live: Live, changes: Changes
+        self, service: Object, plan: Blueprint, wanted: Desired, seen: Seen, changes: Changes
     ) -> Outcome:
-        missing = await self._missing(plan)
         status = observed(
             plan,
             wanted,
-            Seen(deployments=live.deployments(), pods=live.pods, missing=missing),
+            seen,
             generation=integer(service, "metadata", "generation"),
             previous=mapping(service, "status"),
             now=self._now(),
         )
         await self._write_status(service, status)
         ready = _condition(status, ConditionType.READY).status == "True"
-        return Outcome(settled=not missing and not changes.applied, ready=ready, profile=_profile_name(service))
+        return Outcome(settled=not seen.missing and not changes.applied, ready=ready, profile=_profile_name(service))
+
+    async def _served(self, plan: Blueprint, facts: ClusterFacts) -> frozenset[Kind]:
+        """The facts may be a resync old; a service that waits for a kind wants to know now."""
+        if plan.endpoint.http_route and HTTP_ROUTE not in facts.served and await self._client.serves(HTTP_ROUTE):
+            return facts.served | {HTTP_ROUTE}
+        return facts.served
 
     async def _plan(self, service: InferenceService, platform: Platform) -> Blueprint:
+        if words := unsupported(service.spec):
+            raise Refused("NotSupported", words)
         name = service.spec.profile
         found = await self._client.get(ACCELERATOR_PROFILE, "", name)
         if found is None:
@@ -155,18 +165,22 @@ class Reconciler:
         except ValidationError as error:
             raise Refused("ProfileInvalid", f"AcceleratorProfile {name}: {_first_fault(error)}; correct it") from None
         try:
-            return blueprint(service, profile, platform)
+            plan = blueprint(service, profile, platform)
         except Unplaceable as error:
             raise Refused("Unplaceable", error.message) from None
+        if words := kv_mismatch(plan):
+            raise Refused("KvMismatch", words)
+        return plan
 
-    async def _missing(self, plan: Blueprint) -> dict[ConditionType, Finding]:
+    async def _missing(self, plan: Blueprint, served: Collection[Kind]) -> dict[ConditionType, Finding]:
         """Things that the user makes and pods wait for without a word in their status."""
-        model, keys = plan.model, plan.endpoint.api_keys_secret
+        model, endpoint = plan.model, plan.endpoint
         needs = (
             (ConditionType.MODEL_READY, SECRET, model.secret, "spec.model.credentialsSecret"),
             (ConditionType.MODEL_READY, CLAIM, model.claim, "spec.model.uri"),
             (ConditionType.MODEL_READY, CLAIM, model.cache_claim, "spec.model.cacheClaim"),
-            (ConditionType.ROUTER_READY, SECRET, keys, "spec.router.apiKeysSecret"),
+            (ConditionType.ROUTER_READY, SECRET, endpoint.api_keys_secret, "spec.router.apiKeysSecret"),
+            (ConditionType.ROUTER_READY, SECRET, endpoint.tls_secret, "spec.router.ingress.tlsSecret"),
         )
         found: dict[ConditionType, Finding] = {}
         for condition, kind, name, where in needs:
@@ -176,6 +190,12 @@ class Reconciler:
                     reason="SecretNotFound" if kind is SECRET else "ClaimNotFound",
                     message=f"no {kind.kind} {name} exists in namespace {plan.namespace}; create it, or change {where}",
                 )
+        if endpoint.http_route and HTTP_ROUTE not in served and ConditionType.ROUTER_READY not in found:
+            found[ConditionType.ROUTER_READY] = Finding(
+                status="False", reason="KindNotServed",
+                message=f"the cluster has no {HTTP_ROUTE.kind} of {HTTP_ROUTE.api_version}; install the Gateway API's "
+                "CRDs, or remove spec.router.httpRoute",
+            )  # fmt: skip
         return found
 
     async def _refuse(self, service: Object, finding: Finding) -> Outcome:

@@ -15,6 +15,7 @@ from baton_operator.kinds import (
     ACCELERATOR_PROFILE,
     CHILD_KINDS,
     DEPLOYMENT,
+    HTTP_ROUTE,
     INFERENCE_SERVICE,
     INGRESS,
     OPTIONAL_KINDS,
@@ -151,6 +152,71 @@ async def test_a_missing_secret_and_claim_are_told_while_everything_else_is_made
     assert "spec.router.apiKeysSecret" in world.condition("RouterReady")["message"]
     assert world.condition("Accepted")["status"] == "True"
     assert world.deployment("decode")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"profile": "gpu", "parallelism": {"tensor": 8}}, ["prefill", "tensor 8", "set parallelism.tensor to 1"]),
+        ({"profile": "gpu", "decode": {"parallelism": {"tensor": 2}}}, ["decode", "set parallelism.tensor to 1"]),
+        ({"transport": {"wire": "nixl"}}, ["nixl", "set transport.wire to auto or tcp"]),
+        ({"transport": {"wire": "mooncake"}}, ["mooncake", "set transport.wire to auto or tcp"]),
+    ],
+)
+async def test_what_this_release_cannot_run_is_told_before_any_pod_is_made(spec: Tree, words: list[str]) -> None:
+    world = World()
+    gpu = {"resource": "nvidia.com/gpu", "perNode": 8}
+    world.server.put(ACCELERATOR_PROFILE, profile_object("gpu", device="cuda", gpu=gpu))
+    world.server.put(INFERENCE_SERVICE, service_object(**spec))
+    await world.settle()
+    accepted = world.condition("Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("False", "NotSupported")
+    for word in words:
+        assert word in accepted["message"]
+    assert world.condition("Ready")["message"] == accepted["message"]
+    assert world.server.children() == {}
+    world.server.put(INFERENCE_SERVICE, service_object())
+    await world.settle()
+    assert world.condition("Accepted")["status"] == "True"
+
+
+async def test_a_number_format_of_kv_that_differs_between_roles_is_told() -> None:
+    env = {"name": "BATON_ENGINE_KV_DTYPE", "value": "float32"}
+    patch = {"podTemplate": {"spec": {"containers": [{"name": "main", "env": [env]}]}}}
+    world = World()
+    model = {"uri": "hf://Qwen/Qwen3-0.6B", "kvDtype": "bfloat16"}
+    world.server.put(INFERENCE_SERVICE, service_object(model=model, decode=patch))
+    await world.settle()
+    assert world.condition("Accepted")["reason"] == "KvMismatch"
+    assert "prefill says bfloat16 and decode says float32" in world.condition("Accepted")["message"]
+    world.server.put(INFERENCE_SERVICE, service_object(model=model))
+    await world.settle()
+    assert world.condition("Accepted")["status"] == "True"
+
+
+async def test_a_route_of_a_kind_that_the_cluster_lacks_is_told_and_made_when_the_kind_comes() -> None:
+    world = World()
+    world.server.put(INFERENCE_SERVICE, service_object(router={"httpRoute": {"gateway": "front"}}))
+    outcome = await world.settle()
+    assert not outcome.settled
+    assert world.condition("RouterReady")["reason"] == "KindNotServed"
+    assert "install the Gateway API" in world.condition("RouterReady")["message"]
+    world.server.store[HTTP_ROUTE.path().rpartition("/")[0]] = {
+        "metadata": {}, "resources": [{"name": HTTP_ROUTE.plural}],
+    }  # fmt: skip
+    await world.settle()
+    assert world.server.get(HTTP_ROUTE, "chat")
+    assert world.condition("RouterReady")["reason"] == "PodsStarting"
+
+
+async def test_a_missing_certificate_of_the_ingress_is_told() -> None:
+    world = World()
+    world.server.put(
+        INFERENCE_SERVICE, service_object(router={"ingress": {"host": "chat.example.com", "tlsSecret": "cert"}})
+    )
+    await world.settle()
+    assert world.condition("RouterReady")["reason"] == "SecretNotFound"
+    assert "spec.router.ingress.tlsSecret" in world.condition("RouterReady")["message"]
 
 
 async def test_deletion_removes_the_children_first_and_then_the_finaliser() -> None:

@@ -74,7 +74,6 @@ class Pool:
     drain_s: int  # how long running requests get after SIGTERM
     requests: Mapping[str, int | str] = field(default_factory=dict)
     limits: Mapping[str, int | str] = field(default_factory=dict)
-    tensor: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Object, ...] = ()
@@ -93,6 +92,7 @@ class Endpoint:
     service_type: str = "ClusterIP"
     annotations: Mapping[str, str] = field(default_factory=dict)
     api_keys_secret: str = ""
+    tls_secret: str = ""                              # of the Ingress
     ingress: Object = field(default_factory=dict)     # spec of an Ingress; empty = none
     ingress_annotations: Mapping[str, str] = field(default_factory=dict)
     http_route: Object = field(default_factory=dict)  # spec of an HTTPRoute without rules; empty = none

@@ -32,17 +32,18 @@ _PROGRAMS = {
 
 
 def worker_command(plan: Blueprint, pool: Pool) -> list[str]:
-    """`$(NAME)` is filled in by the kubelet from the container's environment."""
+    """`$(NAME)` is filled in by the kubelet from the container's environment.
+
+    What a user typed is spelt `--flag=value`: it may begin with a dash.
+    """
     command = [
         _PROGRAMS[pool.component], "--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}",
-        "--model", model_path(plan.model), "--model-name", plan.served_name, "--role", pool.component.value,
+        "--model", model_path(plan.model), f"--model-name={_literal(plan.served_name)}", "--role", pool.component.value,
         "--worker-id", "$(POD_NAME)", "--listen", f"0.0.0.0:{GRPC_PORT}", "--metrics-port", str(METRICS_PORT),
         "--drain-s", str(pool.drain_s), "--dump-dir", SCRATCH_FOLDER,
     ]  # fmt: skip
     if pool.component is not Component.COLOCATED:
         command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}", "--peer-advertise", "$(POD_IP)"]
-    if pool.tensor > 1:
-        command += ["--tensor-parallel", str(pool.tensor)]
     return command
 
 
@@ -51,7 +52,7 @@ def router_command(plan: Blueprint) -> list[str]:
     services = ",".join(child_name(plan.name, pool.component.value) for pool in plan.workers)
     command = [
         _PROGRAMS[Component.ROUTER], "--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}",
-        "--model", model_path(plan.model), "--served-name", plan.served_name,
+        "--model", model_path(plan.model), f"--served-name={_literal(plan.served_name)}",
         "--listen", f"0.0.0.0:{HTTP_PORT}", "--drain-s", str(plan.router.drain_s),
         "--worker-services", services,
     ]  # fmt: skip
@@ -60,18 +61,23 @@ def router_command(plan: Blueprint) -> list[str]:
 
 def fetch_command(model: ModelSource, component: Component) -> list[str]:
     """Of the init container that downloads with resume and checksums; the router wants no weights."""
-    command = ["baton-fetch", "--uri", model.uri, "--to", model_path(model)]
+    command = ["baton-fetch", "--uri", _literal(model.uri), "--to", model_path(model)]
     if model.revision:
-        command += ["--revision", model.revision]
+        command.append(f"--revision={model.revision}")
     if model.endpoint:
-        command += ["--endpoint", model.endpoint]
+        command += ["--endpoint", _literal(model.endpoint)]
     return [*command, "--only-tokenizer"] if component is Component.ROUTER else command
 
 
 def model_path(model: ModelSource) -> str:
     """Folder of the checkpoint inside the containers."""
     if not model.fetched:
-        folder = model.folder.strip("/")
+        folder = _literal(model.folder.strip("/"))
         return f"{MODEL_FOLDER}/{folder}" if folder else MODEL_FOLDER
     # several services may share one cache claim
     return f"{MODEL_FOLDER}/{digest([model.uri, model.revision, model.endpoint], length=16)}"
+
+
+def _literal(typed: str) -> str:
+    """Keeps the kubelet from seeing a `$(NAME)` in it."""
+    return typed.replace("$", "$$")
