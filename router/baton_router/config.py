@@ -36,6 +36,9 @@ class RouterConfig:
     ] = ()
     kubeconfig: Annotated[str, Field(description="cluster of worker_services; default: the one this pod runs in")] = ""
     api_keys: Annotated[CommaList, Field(description="accepted bearer keys, comma separated; none = open")] = ()
+    api_keys_folder: Annotated[
+        str, Field(description="folder with one file of keys per tenant (a mounted Secret), read again when it changes")
+    ] = ""
     request_timeout_s: Annotated[float, Field(gt=0, description="deadline of one request, seconds")] = 600.0
     worker_wait_s: Annotated[
         float, Field(ge=0, description="how long a request waits for a worker to appear before 503, seconds")

@@ -16,11 +16,12 @@ import uvicorn
 import uvloop
 
 from baton_common.errors import ConfigError
+from baton_common.kube.credentials import find_credentials
 from baton_common.logs import set_up
 from baton_common.settings import from_command_line
 from baton_router.api.app import create_app
 from baton_router.checkpoint import load_checkpoint
-from baton_router.config import RouterConfig, split_address
+from baton_router.config import RouterConfig, check_workers, split_address
 from baton_router.service import Router
 
 log = logging.getLogger("baton.router")
@@ -42,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolved.value
         set_up(level=config.log_level, style=config.log_style)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        checkpoint = load_checkpoint(config.model)
+        router = Router(config, load_checkpoint(config.model))
         listener = bind(config.listen)
     except ConfigError as error:
         sys.stderr.write(f"baton-router: {error}\n")
         return 2
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(Router(config, checkpoint), listener))
+        runner.run(serve(router, listener))
     return 0
 
 
@@ -100,7 +101,8 @@ async def serve(router: Router, listener: socket.socket) -> None:
         signal.signal(number, _ignore)  # the server raises the signal again after its orderly end
     router.start()
     host, port = listener.getsockname()[:2]
-    log.info("serving %s on http://%s:%s", router.model, host, port, extra={"workers": len(router.config.workers)})
+    workers = ",".join(router.config.worker_services) or len(router.config.workers)
+    log.info("serving %s on http://%s:%s", router.model, host, port, extra={"workers": workers})
     try:
         await _Server(router).serve(sockets=[listener])
     finally:

@@ -1,19 +1,22 @@
 """The router as one object: requests in (validated bytes), calls out. Knows no HTTP; `api` does.
 
-Owner of the fleet, the tokeniser threads and the admission count.
+Owner of the fleet, in a cluster of its membership, the tokeniser threads and the admission count.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 from baton_common.clock import Clock, SystemClock
 from baton_common.errors import InvalidRequest, Overloaded
+from baton_common.kube.credentials import Credentials
 from baton_proto import worker_pb2 as wire
 from baton_router.call import Call, CallInfo
 from baton_router.checkpoint import Checkpoint
@@ -21,7 +24,9 @@ from baton_router.config import RouterConfig
 from baton_router.detokenise import Vocabulary
 from baton_router.fleet import Fleet
 from baton_router.flight import Order
-from baton_router.metrics import RouterMetrics
+from baton_router.keys import ApiKeys
+from baton_router.membership import Membership
+from baton_router.metrics import UNKNOWN_ROLE, RouterMetrics
 from baton_router.output import ChoiceOutput
 from baton_router.sampling import ModelLimits, chat_sampling, completion_sampling, for_choice
 from baton_router.schema import ChatRequest, CompletionRequest, Generation, parse_chat, parse_completion
@@ -33,31 +38,45 @@ class ModelNotFound(InvalidRequest):
 
 
 class Router:
-    """Everything between HTTP and the workers. Use on one event loop: `start`, calls, `stop`."""
+    """Everything between HTTP and the workers. Use on one event loop: `start`, calls, `stop`.
+
+    Making one raises ConfigError when the API keys cannot be read.
+    """
 
     def __init__(
         self,
         config: RouterConfig,
         checkpoint: Checkpoint,
         *,
+        credentials: Credentials | None = None,
         clock: Clock | None = None,
         seed: Callable[[], int] = partial(secrets.randbits, 64),
     ) -> None:
+        """`credentials`: of the cluster in which `config.worker_services` are looked up."""
+        clock = clock or SystemClock()
         self.config = config
         self.checkpoint = checkpoint
         self.model = config.served_name or checkpoint.name
         self.created_s = int(time.time())
         self.metrics = RouterMetrics()
-        self.fleet = Fleet(config.workers, clock or SystemClock())
+        clock = clock or SystemClock()
+        self.keys = ApiKeys(config.api_keys, Path(config.api_keys_folder) if config.api_keys_folder else None, clock)
+        self.fleet = Fleet(config.workers, clock)
         self.vocabulary = Vocabulary(checkpoint.tokenizer)
         self.stopping = False
         self._prompts = PromptMaker(checkpoint)
         self._seed = seed
         self._inflight: set[Call] = set()
         self.metrics.watch_workers(self._worker_rows)
+        self._membership = None if credentials is None else Membership(
+            credentials, config.worker_services, self.fleet, self.metrics, vocab_size=checkpoint.vocab_size, clock=clock
+        )  # fmt: skip
+        self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self.fleet.start()
+        if self._membership is not None:
+            self._following = asyncio.create_task(self._membership.run(), name="membership")
 
     async def stop(self) -> None:
         """Abandons what is still in flight; the HTTP server has waited before."""
@@ -65,6 +84,10 @@ class Router:
         for call in list(self._inflight):
             call.close()
         await asyncio.sleep(0)
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
         await self.fleet.stop()
         self._prompts.close()
 
@@ -215,7 +238,7 @@ class Router:
 
     def _worker_rows(self) -> Iterable[tuple[str, str, bool]]:
         for row in self.fleet.report():
-            yield row["address"], row["role"] or "unknown", row["state"] == "up"
+            yield row["address"], row["role"] or UNKNOWN_ROLE, row["state"] == "up"
 
 
 def model_card(router: Router) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -122,12 +121,12 @@ async def _body(request: Request) -> bytes:
 
 
 def _check_key(router: Router, request: Request) -> None:
-    keys = router.config.api_keys
-    if not keys:
+    if not router.keys.needed:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    known = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
-    if scheme.lower() != "bearer" or not any(known):
+    # header bytes come decoded as latin-1; keys are UTF-8
+    key = given.strip().encode("latin-1").decode("utf-8", "surrogateescape")
+    if scheme.lower() != "bearer" or router.keys.tenant(key) is None:
         raise Unauthorized("wrong or missing API key; send it as `Authorization: Bearer KEY`")
 
 
