@@ -76,9 +76,9 @@ def connections(world: World, history: PodHistory) -> Iterator[Connections]:
 
 
 @pytest.fixture(scope="session")
-def prometheus(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
+def prometheus(history: PodHistory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
     """None where the program is not installed."""
-    with Prometheus.running(world.place.cluster, tmp_path_factory.mktemp("prometheus")) as found:
+    with Prometheus.running(history, tmp_path_factory.mktemp("prometheus")) as found:
         yield found
 
 

@@ -1,17 +1,19 @@
 """A real Prometheus beside the cluster, with the scrape configuration that docs/monitoring.md tells users to write.
 
-Only what differs from outside is added: how to reach the API server, a short interval, and the alert rules as files.
+Only what differs from outside is replaced: pods are discovered through a file that carries the same labels, because
+Debian builds Prometheus without Kubernetes discovery. Added are a short interval and the alert rules.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 import httpx
 import yaml
 from support.chart import CHART, ROOT
-from support.cluster import Cluster
+
+from story.watch import PodHistory
 
 PROGRAM = "prometheus"
 PAGE = ROOT / "docs/monitoring.md"
@@ -42,13 +45,13 @@ class Prometheus:
 
     @classmethod
     @contextmanager
-    def running(cls, cluster: Cluster, folder: Path) -> Iterator[Prometheus | None]:
+    def running(cls, history: PodHistory, folder: Path) -> Iterator[Prometheus | None]:
         """None where the program is not installed. Serves when the block begins."""
         if shutil.which(PROGRAM) is None:
             yield None
             return
-        file = folder / "prometheus.yml"
-        file.write_text(yaml.safe_dump(_configuration(cluster, folder)))
+        file, log, targets = folder / "prometheus.yml", folder / "prometheus.log", folder / "targets.json"
+        file.write_text(yaml.safe_dump(_configuration(targets)))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -56,12 +59,29 @@ class Prometheus:
             PROGRAM, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address={address}", "--log.level=warn",
         ]  # fmt: skip
-        log = folder / "prometheus.log"
+        ended = threading.Event()
+        discovery = threading.Thread(target=_discover, args=(history, targets, ended), name="discovery", daemon=True)
+        discovery.start()
         with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
             try:
-                yield cls(url=f"http://{address}", log=log)
+                made = cls(url=f"http://{address}", log=log)
+                made.wait_up(process)
+                yield made
             finally:
                 process.terminate()
+                ended.set()
+
+    def wait_up(self, process: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + 60
+        with httpx.Client(trust_env=False) as client:
+            while True:
+                try:
+                    if client.get(f"{self.url}/-/ready").status_code == 200:
+                        return
+                except httpx.HTTPError:
+                    pass
+                assert process.poll() is None and time.monotonic() < end, self.log.read_text()
+                time.sleep(0.2)
 
     def ask(self, path: str, **parameters: str) -> Any:
         with httpx.Client(trust_env=False, timeout=30) as client:
@@ -85,31 +105,38 @@ class Prometheus:
         return found
 
 
-def _configuration(cluster: Cluster, folder: Path) -> dict[str, Any]:
+def _configuration(targets: Path) -> dict[str, Any]:
     written = documented_scrape()
-    access = _api_access(cluster, folder)
     for job in written["scrape_configs"]:
-        for finder in job["kubernetes_sd_configs"]:
-            finder.update(access)
+        assert [finder["role"] for finder in job.pop("kubernetes_sd_configs")] == ["pod"]
+        job["file_sd_configs"] = [{"files": [str(targets)], "refresh_interval": INTERVAL}]
     rules = [str(file) for file in sorted((CHART / "alerts").glob("*.yaml"))]
     times = {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL, "evaluation_interval": INTERVAL}
     return {"global": times, "rule_files": rules, **written}
 
 
-def _api_access(cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """As the kubeconfig says: a client certificate or a token."""
-    config = json.loads(cluster.kubectl("config", "view", "--raw", "--flatten", "--minify", "-o", "json"))
-    server, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-    tls = {"ca_file": _file(folder / "ca.crt", server["certificate-authority-data"])}
-    access: dict[str, Any] = {"api_server": server["server"], "tls_config": tls}
-    if "client-certificate-data" in user:
-        tls["cert_file"] = _file(folder / "client.crt", user["client-certificate-data"])
-        tls["key_file"] = _file(folder / "client.key", user["client-key-data"])
-    else:
-        access["authorization"] = {"credentials": user["token"]}
-    return access
+def _discover(history: PodHistory, file: Path, ended: threading.Event) -> None:
+    """Keeps the file of targets as it would be with role pod: one per declared port of a container."""
+    while not ended.is_set():
+        found = [target for pod in list(history.pods.values()) for target in _targets(pod)]
+        half = file.with_suffix(".part")
+        half.write_text(json.dumps(found))
+        half.rename(file)
+        ended.wait(1)
 
 
-def _file(path: Path, data: str) -> str:
-    path.write_bytes(base64.b64decode(data))
-    return str(path)
+def _targets(pod: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    address, metadata = pod.get("status", {}).get("podIP"), pod["metadata"]
+    if not address or pod["status"]["phase"] in ("Succeeded", "Failed"):
+        return
+    labels = {
+        f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', key)}": value
+        for key, value in metadata.get("labels", {}).items()
+    }
+    labels |= {
+        "__meta_kubernetes_namespace": metadata["namespace"], "__meta_kubernetes_pod_name": metadata["name"],
+    }  # fmt: skip
+    for container in pod["spec"]["containers"]:
+        for port in container.get("ports", ()):
+            named = {**labels, "__meta_kubernetes_pod_container_port_name": port.get("name", "")}
+            yield {"targets": [f"{address}:{port['containerPort']}"], "labels": named}

@@ -40,6 +40,7 @@ class PodHistory:
 
     cluster: Cluster
     by_address: dict[str, Seen] = field(default_factory=dict)
+    pods: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by uid, those that live now
     restarts: dict[str, int] = field(default_factory=dict)
     early: list[str] = field(default_factory=list)  # Ready without its gates
     gated: set[str] = field(default_factory=set)    # Ready with all of them
@@ -67,11 +68,15 @@ class PodHistory:
             for line in self._process.stdout:
                 event = json.loads(line)
                 if event.get("object", {}).get("kind") == "Pod":
-                    self._take(event["object"])
+                    self._take(event["type"], event["object"])
             self._process.wait()
 
-    def _take(self, pod: Mapping[str, Any]) -> None:
+    def _take(self, event: str, pod: Mapping[str, Any]) -> None:
         metadata, status = pod["metadata"], pod.get("status", {})
+        if event == "DELETED":
+            self.pods.pop(metadata["uid"], None)
+            return
+        self.pods[metadata["uid"]] = pod
         name, labels = metadata["name"], metadata.get("labels", {})
         if address := status.get("podIP"):
             self.by_address[address] = Seen(name=name, namespace=metadata["namespace"], labels=labels)
