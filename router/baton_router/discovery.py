@@ -28,7 +28,7 @@ def pods_by_address(slices: Iterable[Object]) -> dict[str, str]:
     A pod with addresses of both families is reached by IPv4 alone, so that it is one worker. An address that two pods
     claim (slices follow each other, not at once) belongs to the one that is not terminating.
     """
-    claims: dict[str, tuple[bool, str]] = {}  # address -> (terminating, pod)
+    claims: dict[str, tuple[bool, bool, str]] = {}  # address -> (terminating, nameless, pod); the least wins
     families: dict[str, str] = {}  # address -> family
     for item in slices:
         family, port = text(item, "addressType"), _port(item)
@@ -40,16 +40,15 @@ def pods_by_address(slices: Iterable[Object]) -> dict[str, str]:
                 continue
             # all addresses of one endpoint mean the same thing; the first is the one to use
             address = f"[{hosts[0]}]:{port}" if family == "IPv6" else f"{hosts[0]}:{port}"
-            claim = (is_true(endpoint, "conditions", "terminating"), _pod(endpoint))
+            pod = _pod(endpoint)
+            claim = (is_true(endpoint, "conditions", "terminating"), not pod, pod)
             claims[address] = min(claim, claims.get(address, claim))
             families[address] = family
-    pods = {address: pod for address, (_, pod) in claims.items()}
+    pods = {address: pod for address, (_, _, pod) in claims.items()}
     by_ipv4 = {pod for address, pod in pods.items() if families[address] == "IPv4" and pod}
     return {
-        address: pod
-        for address, pod in sorted(pods.items())
-        if families[address] == "IPv4" or pod not in by_ipv4
-    }  # fmt: skip
+        address: pod for address, pod in sorted(pods.items()) if families[address] == "IPv4" or pod not in by_ipv4
+    }
 
 
 def _port(item: Object) -> int:

@@ -15,7 +15,11 @@ from prometheus_client.registry import Collector
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
+_PROBE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _E2E_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+UNKNOWN_ROLE = "unknown"
+"""Of a worker that has not introduced itself."""
 
 
 class Latency(Collector):
@@ -49,9 +53,19 @@ class _Workers(Collector):
         family = GaugeMetricFamily(
             "baton_router_worker_up", "1 while the worker takes requests", labels=["address", "role"]
         )
+        workers: dict[tuple[str, str], bool] = {}
         for address, role, up in self._rows():
+            # two pods, one that leaves and its successor, may have one address for a moment
+            workers[address, role] = up or workers.get((address, role), False)
+        registered = GaugeMetricFamily(
+            "baton_router_registered_workers", "workers whose stream this router holds", labels=["role"]
+        )
+        roles = [role for _, role in workers]
+        for (address, role), up in workers.items():
             family.add_metric([address, role], float(up))
-        yield family
+        for role in sorted(set(roles) - {UNKNOWN_ROLE}):
+            registered.add_metric([role], float(roles.count(role)))
+        yield from (family, registered)
 
 
 class RouterMetrics:
@@ -70,6 +84,17 @@ class RouterMetrics:
         self.ttft = Latency(self.registry, "baton_router_ttft_seconds", "arrival to first token", _TTFT_S)
         self.itl = Latency(self.registry, "baton_router_itl_seconds", "between two tokens of a choice", _ITL_S)
         self.e2e = Latency(self.registry, "baton_router_request_seconds", "arrival to end of answer", _E2E_S)
+        self._endpoints = Gauge(
+            "baton_router_endpoints", "addresses of workers found in Kubernetes", registry=self.registry
+        )
+        self._kube_calls = self._counter(
+            "kube_calls", "requests to the API server; code 0: no answer", "verb", "resource", "code"
+        )
+        self._probes = self._counter("probes", "transport probes by result", "verdict")
+        self._probe_bytes = self._counter("probe_bytes", "KV that crossed in transport probes")
+        self._probe_s = Latency(
+            self.registry, "baton_router_probe_seconds", "exposed tail of a probe's handoff", _PROBE_S
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"baton_router_{name}", text, labels, registry=self.registry)
@@ -84,6 +109,21 @@ class RouterMetrics:
     def placed(self, how: str) -> None:
         """`handoff`: prefill worker; `local_short`: decode, little was uncached; `local`: nobody else could."""
         self._placed.labels(how).inc()
+
+    def watch_endpoints(self, count: Callable[[], int]) -> None:
+        """Asked at each scrape."""
+        self._endpoints.set_function(lambda: float(count()))
+
+    def kube_called(self, verb: str, resource: str, code: int, seconds: float) -> None:
+        """As `kube.client.CallCounter`."""
+        self._kube_calls.labels(verb, resource, str(code)).inc()
+
+    def probed(self, verdict: str, seconds: float, crossed_bytes: int) -> None:
+        """`proved`, `failed` or `busy`; time and bytes count when proved."""
+        self._probes.labels(verdict).inc()
+        if verdict == "proved":
+            self._probe_s.observe(seconds)
+            self._probe_bytes.inc(crossed_bytes)
 
     def text(self) -> bytes:
         """Prometheus exposition format."""

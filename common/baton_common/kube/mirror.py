@@ -1,8 +1,8 @@
 """A copy of some objects of one kind, kept like the API server has them: list, then watch, for ever.
 
 It survives everything: ends of watches, versions that are too old, an API server that is away or refuses (the copy
-stays as it was, one log line per outage with the remedy). A watch that cannot be opened degrades to lists at the pace of the
-back-off. Knows nothing of what the objects mean. Owner of its loop: `run`.
+stays as it was, one log line per outage with the remedy). A watch that cannot be opened degrades to lists at the pace
+of the back-off. Knows nothing of what the objects mean. Owner of its loop: `run`.
 """
 
 from __future__ import annotations
