@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolved.value
         set_up(level=config.log_level, style=config.log_style)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        router = Router(config, load_checkpoint(config.model))
+        check_workers(config)
+        credentials = find_credentials(config.kubeconfig, os.environ) if config.worker_services else None
+        router = Router(config, load_checkpoint(config.model), credentials=credentials)
         listener = bind(config.listen)
     except ConfigError as error:
         sys.stderr.write(f"baton-router: {error}\n")

@@ -53,7 +53,6 @@ class Router:
         seed: Callable[[], int] = partial(secrets.randbits, 64),
     ) -> None:
         """`credentials`: of the cluster in which `config.worker_services` are looked up."""
-        clock = clock or SystemClock()
         self.config = config
         self.checkpoint = checkpoint
         self.model = config.served_name or checkpoint.name

@@ -37,7 +37,7 @@ def test_importing_the_router_loads_no_tensor_library() -> None:
 def test_a_taken_port_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["--model", str(folder), "--listen", f"127.0.0.1:{port}"]) == 2
+        assert main(["--model", str(folder), "--workers", "a:1", "--listen", f"127.0.0.1:{port}"]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert f"port {port}" in error[0]
@@ -47,11 +47,14 @@ def test_a_taken_port_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--listen", "127.0.0.1:0"], "model"),
-        (["--model", "/nowhere", "--listen", "127.0.0.1:0"], "/nowhere"),
-        (["--model", "{folder}", "--listen", "nonsense"], "listen"),
-        (["--model", "{folder}", "--max-inflight", "many"], "max_inflight"),
-        (["--model", "{folder}", "--listen", "256.1.1.1:80"], "256.1.1.1"),
+        (["--workers", "a:1"], "model"),
+        (["--workers", "a:1", "--model", "/nowhere"], "/nowhere"),
+        (["--workers", "a:1", "--model", "{folder}", "--listen", "nonsense"], "listen"),
+        (["--workers", "a:1", "--model", "{folder}", "--max-inflight", "many"], "max_inflight"),
+        (["--workers", "a:1", "--model", "{folder}", "--listen", "256.1.1.1:80"], "256.1.1.1"),
+        (["--model", "{folder}"], "--worker-services"),
+        (["--model", "{folder}", "--workers", "a:1", "--worker-services", "chat-decode"], "both"),
+        (["--model", "{folder}", "--worker-services", "chat-decode", "--kubeconfig", "/nowhere"], "/nowhere"),
     ],
 )
 def test_bad_settings_refuse_the_start_with_one_line(
