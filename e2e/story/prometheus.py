@@ -80,7 +80,8 @@ class Prometheus:
                         return
                 except httpx.HTTPError:
                     pass
-                assert process.poll() is None and time.monotonic() < end, self.log.read_text()
+                assert process.poll() is None, self.log.read_text()
+                assert time.monotonic() < end, self.log.read_text()
                 time.sleep(0.2)
 
     def ask(self, path: str, **parameters: str) -> Any:
