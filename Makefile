@@ -66,7 +66,7 @@ lint: install
 	@echo "lint: ruff" && $(BIN)/ruff check .
 	@echo "lint: mypy --strict" && $(BIN)/mypy
 	@echo "lint: rings of imports" && $(BIN)/lint-imports
-	@echo "lint: rooms without torch" && $(BIN)/python tools/no_torch.py baton_router baton_operator baton.main
+	@echo "lint: rooms without torch" && $(BIN)/python tools/no_torch.py baton_router baton_operator baton_fetch baton.main
 	@echo "lint: the chart's copies" && $(BIN)/python tools/chart.py --check
 	@echo "lint: sizes and settings" && $(BIN)/python tools/report.py
 

@@ -2,7 +2,7 @@
 
 The stubs are never edited and never committed. `python proto/build_stubs.py` does the same by hand while a `.proto` is
 being changed. It runs in a process of its own: grpc_tools and nixl cannot share one (their protobuf runtimes clash).
-A wheel also takes the demo model along, for `baton up` without a model.
+A wheel also takes the demo model along: `baton_common.checkpoint` finds it there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ else:
             generate()
             demo = ROOM.parent / "demo_model" / "checkpoint"
             if version != "editable" and demo.is_dir():  # an editable install finds it in the checkout
-                build_data["force_include"][str(demo)] = "baton/demo_checkpoint"
+                build_data["force_include"][str(demo)] = "baton_common/demo_checkpoint"
 
 
 if __name__ == "__main__":

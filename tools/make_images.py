@@ -105,6 +105,7 @@ def application(cache: Path) -> tuple[Path, str]:
     shutil.rmtree(folder, ignore_errors=True)
     for name, source in parts["packages"].items():
         shutil.copytree(ROOT / source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(ROOT / "demo_model" / "checkpoint", folder / "baton_common" / "demo_checkpoint")
     programs = folder / "bin"
     programs.mkdir()
     for name, target in parts["scripts"].items():

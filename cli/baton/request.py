@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.deployment import DEFAULT_PORT, LOOPBACK, Deployment
-from baton_common.checkpoint import resolve_checkpoint
-from baton_common.errors import ConfigError
+from baton_common.checkpoint import demo_checkpoint, resolve_checkpoint
 from baton_operator.api import DEMO_URI, InferenceService, Role
 from baton_operator.document import read_service
 
@@ -46,15 +45,6 @@ class _Wanted:
     location: str
     called: str
     revision: str | None = None
-
-
-def demo_checkpoint() -> Path:
-    """The demo model: inside the installed package, or beside it in a checkout. Raises ConfigError otherwise."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "demo_checkpoint", here.parents[1] / "demo_model" / "checkpoint"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ConfigError("the demo model is not installed; give a checkpoint folder or a hub name: baton up owner/name")
 
 
 def service_name(options: UpOptions, default: str) -> str:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from baton_common.errors import ConfigError
 
+_WHEEL_DEMO, _CHECKOUT_DEMO = "demo_checkpoint", Path("demo_model", "checkpoint")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
@@ -33,3 +34,12 @@ def resolve_checkpoint(model: str, *, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cannot get {model!r} from the hub ({reason}); download it and give its folder") from None
+
+
+def demo_checkpoint() -> Path:
+    """The demo model: inside the installed package, or beside it in a checkout. Raises ConfigError otherwise."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / _WHEEL_DEMO, here.parents[1] / _CHECKOUT_DEMO):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError("the demo model is not installed; give a checkpoint folder or a hub name like owner/name")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from baton.deployment import Deployment
-from baton.request import DEMO_NAME, UpOptions, demo_checkpoint, deployment, service_name
+from baton.request import DEMO_NAME, UpOptions, deployment, service_name
 from baton.supervisor import Command
 from baton_common.errors import ConfigError
 
