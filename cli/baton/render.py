@@ -25,6 +25,7 @@ from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.children import desired
 from baton_operator.plan.intake import Platform, blueprint
 from baton_operator.plan.labels import APPLIED_ANNOTATION
+from baton_operator.plan.limits import kv_mismatch, unsupported
 from baton_operator.shipped import shipped_profiles
 
 
@@ -71,6 +72,8 @@ def render(
         router_image=config.router_image, worker_image=config.worker_image, pull_secrets=config.image_pull_secrets
     )
     plan = blueprint(service, profile, platform)
+    if words := unsupported(service.spec) or kv_mismatch(plan):
+        raise ConfigError(f"the operator makes nothing of this: {words}")
     served = [kind for item in extra for kind in _KINDS[item]]
     children = desired(plan, served=served).children
     left_out = [

@@ -160,8 +160,9 @@ class FakeServer:
             parts = own.split("/")
             inside = "/namespaces/" not in path or f"/namespaces/{namespace}/" in own
             labels = item["metadata"].get("labels", {})
-            wanted = dict(pair.split("=") for pair in selector.split(",") if pair)
-            if parts[-2] == plural and inside and all(labels.get(key) == value for key, value in wanted.items()):
+            wanted = dict(pair.partition("=")[::2] for pair in selector.split(",") if pair)  # no value: any
+            fits = all(key in labels and value in ("", labels[key]) for key, value in wanted.items())
+            if parts[-2] == plural and inside and fits:
                 found.append(item)
         return found
 
