@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -75,7 +76,7 @@ def bind(listen: str) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Tells the router about the signal at once, so that /ready turns false while answers finish."""
+    """Goes on serving after the signal until the router's departure is over; then closes what is left."""
 
     def __init__(self, router: Router) -> None:
         super().__init__(
@@ -93,12 +94,21 @@ class _Server(uvicorn.Server):
         self._router = router
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._router.stopping = True
+        self._router.departure.begin(linger=sig == signal.SIGTERM)  # whoever types Ctrl-C does not wait for balancers
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; True ends the serving."""
+        wants_to_exit = await super().on_tick(counter)
+        departure = self._router.departure
+        if not wants_to_exit or not (self.force_exit or departure.over(self._router.open_answers)):
+            return False
+        self.config.timeout_graceful_shutdown = math.ceil(departure.left_s)
+        return True
 
 
 async def serve(router: Router, listener: socket.socket) -> None:
-    """Serve until a signal, then let open answers finish for `drain_s`."""
+    """Serve until a signal, then see clients off: see `departure.py`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore)  # the server raises the signal again after its orderly end
     router.start()

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from baton_common.clock import Clock, SystemClock
-from baton_common.errors import InvalidRequest, Overloaded
+from baton_common.errors import Draining, InvalidRequest, Overloaded
 from baton_common.kube.credentials import Credentials
 from baton_proto import worker_pb2 as wire
 from baton_router.call import Call, CallInfo
 from baton_router.checkpoint import Checkpoint
 from baton_router.config import RouterConfig
+from baton_router.departure import RETRY_AFTER_MS, Departure
 from baton_router.detokenise import Vocabulary
 from baton_router.fleet import Fleet
 from baton_router.flight import Order
@@ -62,7 +63,7 @@ class Router:
         self.keys = ApiKeys(config.api_keys, Path(config.api_keys_folder) if config.api_keys_folder else None, clock)
         self.fleet = Fleet(config.workers, clock)
         self.vocabulary = Vocabulary(checkpoint.tokenizer)
-        self.stopping = False
+        self.departure = Departure(config.drain_s, clock)
         self._prompts = PromptMaker(checkpoint)
         self._seed = seed
         self._inflight: set[Call] = set()
@@ -79,7 +80,6 @@ class Router:
 
     async def stop(self) -> None:
         """Abandons what is still in flight; the HTTP server has waited before."""
-        self.stopping = True
         for call in list(self._inflight):
             call.close()
         await asyncio.sleep(0)
@@ -89,6 +89,10 @@ class Router:
                 await self._following
         await self.fleet.stop()
         self._prompts.close()
+
+    @property
+    def open_answers(self) -> int:
+        return len(self._inflight)
 
     # ---- requests
 
@@ -116,6 +120,11 @@ class Router:
     def _admit(self, request: Generation) -> None:
         if request.model != self.model:
             raise ModelNotFound(f"the model {request.model!r} does not exist; this is {self.model!r}", param="model")
+        if self.departure.refuses:
+            raise Draining(
+                "this router is shutting down; send the request again, over a new connection",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
         if len(self._inflight) >= self.config.max_inflight:
             raise Overloaded(
                 f"{self.config.max_inflight} requests are in flight already; try again later", retry_after_ms=1000

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from baton_common.errors import BatonError, ErrorKind, InvalidRequest
 from baton_router.api.answer import Answer
 from baton_router.api.errors import Unauthorized, error_response
+from baton_router.api.goodbye import Goodbye
 from baton_router.call import Call
 from baton_router.responses import Writer
 from baton_router.schema import ChatRequest, CompletionRequest, describe
@@ -30,6 +31,7 @@ def create_app(router: Router) -> FastAPI:
     app = FastAPI(title="Baton", docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _framework_error)
     app.add_exception_handler(Exception, _defect)
+    app.add_middleware(Goodbye, departure=router.departure)
     _generation_routes(app, router)
     _model_routes(app, router)
     _operation_routes(app, router)
@@ -99,8 +101,9 @@ def _operation_routes(app: FastAPI, router: Router) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         state = router.fleet.readiness()
-        reasons = ["the router is shutting down", *state.reasons] if router.stopping else list(state.reasons)
-        is_ready = state.ready and not router.stopping
+        leaving = router.departure.under_way
+        reasons = ["the router is shutting down", *state.reasons] if leaving else list(state.reasons)
+        is_ready = state.ready and not leaving
         report = {"ready": is_ready, "model": router.model, "reasons": reasons, "workers": router.fleet.report()}
         return _json(report, is_ready)
 
