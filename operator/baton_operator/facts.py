@@ -15,7 +15,7 @@ from baton_common.kube.objects import Object, integer, objects, text, texts
 from baton_operator.config import OperatorConfig
 from baton_operator.kinds import OPTIONAL_KINDS, SERVICE
 from baton_operator.plan.intake import Platform
-from baton_operator.reconcile import ClusterFacts
+from baton_operator.prerequisites import ClusterFacts
 
 log = logging.getLogger("baton.operator.facts")
 

@@ -34,7 +34,8 @@ from baton_operator.leader import LeaderElection, LeaseTimes
 from baton_operator.metrics import OperatorMetrics
 from baton_operator.plan.intake import Platform
 from baton_operator.plan.labels import MANAGER
-from baton_operator.reconcile import ClusterFacts, Reconciler
+from baton_operator.prerequisites import ClusterFacts
+from baton_operator.reconcile import Reconciler
 from baton_operator.recorder import EventRecorder
 from baton_operator.watching import watch
 

@@ -12,22 +12,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
-from baton_common.errors import BatonError
 from baton_common.kube.client import KubeClient
 from baton_common.kube.errors import KubeError, NameTaken
-from baton_common.kube.kinds import Kind
 from baton_common.kube.objects import Object, canonical, integer, mapping, objects, text, texts
-from baton_operator.api import AcceleratorProfile, ConditionType, InferenceService, ServiceStatus, Unplaceable
+from baton_operator.api import ConditionType, ServiceStatus
 from baton_operator.apply import Applier, Changes
 from baton_operator.finding import Finding
-from baton_operator.kinds import ACCELERATOR_PROFILE, CLAIM, HTTP_ROUTE, INFERENCE_SERVICE, SECRET
+from baton_operator.kinds import INFERENCE_SERVICE
 from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.children import Desired, desired, scale_steps
-from baton_operator.plan.intake import Platform, blueprint
 from baton_operator.plan.labels import FINALIZER
-from baton_operator.plan.limits import kv_mismatch, unsupported
+from baton_operator.prerequisites import ClusterFacts, Refused, missing, parsed, planned, served_kinds
 from baton_operator.recorder import EventRecorder
 from baton_operator.status import Seen, as_written, observed, refused
 
@@ -48,22 +43,6 @@ class Outcome:
     settled: bool = False
     ready: bool = False
     profile: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterFacts:
-    """What planning takes from the cluster besides the service: looked up rarely, by `main`."""
-
-    platform: Platform
-    served: frozenset[Kind]
-
-
-class Refused(BatonError):
-    """The service cannot be planned as it is; becomes the Accepted condition."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Reconciler:
@@ -106,8 +85,8 @@ class Reconciler:
 
     async def _converge(self, namespace: str, name: str, service: Object) -> Outcome:
         facts = self._facts()
-        plan = await self._plan(_parse(service), facts.platform)
-        served = await self._served(plan, facts)
+        plan = await planned(self._client, parsed(service), facts.platform)
+        served = await served_kinds(self._client, plan, facts)
         wanted = desired(plan, served=served)
         uid = text(service, "metadata", "uid")
         live = await self._applier.live(namespace, name, uid, served=served)
@@ -123,8 +102,9 @@ class Reconciler:
         replicas = {part: integer(item, "spec", "replicas") for part, item in live.deployments().items()}
         for step in scale_steps(plan, replicas):
             await self._applier.scale(namespace, step)
-        missing = await self._missing(plan, served)
-        seen = Seen(deployments=live.deployments(), pods=live.pods, missing=missing)
+        # of several things one condition waits for, the first is told
+        absent = dict(reversed(await missing(self._client, plan, served)))
+        seen = Seen(deployments=live.deployments(), pods=live.pods, missing=absent)
         return await self._report(service, plan, wanted, seen, changes)
 
     async def _report(
@@ -141,62 +121,6 @@ class Reconciler:
         await self._write_status(service, status)
         ready = _condition(status, ConditionType.READY).status == "True"
         return Outcome(settled=not seen.missing and not changes.applied, ready=ready, profile=_profile_name(service))
-
-    async def _served(self, plan: Blueprint, facts: ClusterFacts) -> frozenset[Kind]:
-        """The facts may be a resync old; a service that waits for a kind wants to know now."""
-        if plan.endpoint.http_route and HTTP_ROUTE not in facts.served and await self._client.serves(HTTP_ROUTE):
-            return facts.served | {HTTP_ROUTE}
-        return facts.served
-
-    async def _plan(self, service: InferenceService, platform: Platform) -> Blueprint:
-        if words := unsupported(service.spec):
-            raise Refused("NotSupported", words)
-        name = service.spec.profile
-        found = await self._client.get(ACCELERATOR_PROFILE, "", name)
-        if found is None:
-            others = [text(item, "metadata", "name") for item in await self._client.list(ACCELERATOR_PROFILE)]
-            raise Refused(
-                "ProfileNotFound",
-                f"there is no AcceleratorProfile {name}; create it, or set spec.profile to one of: "
-                f"{', '.join(sorted(others)) or '(none exists: install the profiles)'}",
-            )
-        try:
-            profile = AcceleratorProfile.parse(dict(found))
-        except ValidationError as error:
-            raise Refused("ProfileInvalid", f"AcceleratorProfile {name}: {_first_fault(error)}; correct it") from None
-        try:
-            plan = blueprint(service, profile, platform)
-        except Unplaceable as error:
-            raise Refused("Unplaceable", error.message) from None
-        if words := kv_mismatch(plan):
-            raise Refused("KvMismatch", words)
-        return plan
-
-    async def _missing(self, plan: Blueprint, served: Collection[Kind]) -> dict[ConditionType, Finding]:
-        """Things that the user makes and pods wait for without a word in their status."""
-        model, endpoint = plan.model, plan.endpoint
-        needs = (
-            (ConditionType.MODEL_READY, SECRET, model.secret, "spec.model.credentialsSecret"),
-            (ConditionType.MODEL_READY, CLAIM, model.claim, "spec.model.uri"),
-            (ConditionType.MODEL_READY, CLAIM, model.cache_claim, "spec.model.cacheClaim"),
-            (ConditionType.ROUTER_READY, SECRET, endpoint.api_keys_secret, "spec.router.apiKeysSecret"),
-            (ConditionType.ROUTER_READY, SECRET, endpoint.tls_secret, "spec.router.ingress.tlsSecret"),
-        )
-        found: dict[ConditionType, Finding] = {}
-        for condition, kind, name, where in needs:
-            if name and condition not in found and not await self._client.exists(kind, plan.namespace, name):
-                found[condition] = Finding(
-                    status="False",
-                    reason="SecretNotFound" if kind is SECRET else "ClaimNotFound",
-                    message=f"no {kind.kind} {name} exists in namespace {plan.namespace}; create it, or change {where}",
-                )
-        if endpoint.http_route and HTTP_ROUTE not in served and ConditionType.ROUTER_READY not in found:
-            found[ConditionType.ROUTER_READY] = Finding(
-                status="False", reason="KindNotServed",
-                message=f"the cluster has no {HTTP_ROUTE.kind} of {HTTP_ROUTE.api_version}; install the Gateway API's "
-                "CRDs, or remove spec.router.httpRoute",
-            )  # fmt: skip
-        return found
 
     async def _refuse(self, service: Object, finding: Finding) -> Outcome:
         status = refused(
@@ -256,18 +180,6 @@ class Reconciler:
 
     def _now(self) -> str:
         return self._wall().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _parse(service: Object) -> InferenceService:
-    try:
-        return InferenceService.parse({**service, "status": None})
-    except ValidationError as error:
-        raise Refused("InvalidSpec", f"{_first_fault(error)}; correct the service") from None
-
-
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _profile_name(service: Object) -> str:

@@ -20,7 +20,8 @@ from baton_common.kube.kinds import POD, Kind
 from baton_operator.apply import Applier
 from baton_operator.kinds import ACCELERATOR_PROFILE, CHILD_KINDS, DEPLOYMENT, INFERENCE_SERVICE
 from baton_operator.plan.intake import Platform
-from baton_operator.reconcile import ClusterFacts, Outcome, Reconciler
+from baton_operator.prerequisites import ClusterFacts
+from baton_operator.reconcile import Outcome, Reconciler
 from baton_operator.recorder import EventRecorder
 
 Tree = dict[str, Any]
