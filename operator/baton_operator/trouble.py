@@ -60,21 +60,29 @@ def _container_trouble(pod: str, status: Object) -> Trouble | None:
             message=f"pod {pod} cannot start ({reason}: {detail}); create what is missing, or correct the podTemplate",
         )
     ended = mapping(status, "state", "terminated") or mapping(status, "lastState", "terminated")
-    failed = bool(ended) and integer(ended, "exitCode") != 0
+    code = integer(ended, "exitCode")
+    failed = bool(ended) and (code != 0 or reason == "CrashLoopBackOff")
     running = bool(mapping(status, "state", "running"))
     if not failed or (running and integer(status, "restartCount") < 2):
         return None
     words = _short(text(ended, "message").strip()) or text(ended, "reason")
     last_line = words.splitlines()[-1] if words else "no message"
+    if text(ended, "reason") == "OOMKilled":
+        return Trouble(
+            reason="OutOfMemory",
+            message=f"container {text(status, 'name')} of pod {pod} was killed: it took more memory than its limit; "
+            "raise resources.limits of the role, or serve a smaller model or context",
+        )
     if fetching:
         return Trouble(
             reason="FetchFailed", fetching=True,
             message=f"the model cannot be fetched (pod {pod}): {last_line}; check spec.model.uri, revision, endpoint "
             "and credentialsSecret",
         )  # fmt: skip
+    if code == 0:
+        last_line = "it should run on; correct the command in the podTemplate"
     return Trouble(
-        reason="Crashing",
-        message=f"pod {pod} ended with status {integer(ended, 'exitCode')}: {last_line}; see `kubectl logs {pod} -p`",
+        reason="Crashing", message=f"pod {pod} ended with status {code}: {last_line}; see `kubectl logs {pod} -p`"
     )
 
 

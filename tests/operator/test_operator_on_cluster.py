@@ -6,15 +6,10 @@ Nothing is scheduled here (no nodes), so services stay not Ready; that they come
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from support.cluster import Cluster, control_plane, why_no_control_plane
+from support.operator_process import Operator, until
 
 from baton_operator import shipped
 from baton_operator.api import AcceleratorProfile, InferenceService
@@ -67,66 +63,23 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]
     cluster.kubectl("delete", "isvc", "--all", "-n", name, "--wait=false")
 
 
-class Operator:
-    """One replica as a real process, outside the cluster."""
-
-    def __init__(self, cluster: Cluster, folder: Path, name: str, port: int) -> None:
-        self.metrics_port, self.health_port = port, port + 1
-        self._log = (folder / f"{name}.log").open("ab")
-        command = [
-            sys.executable, "-m", "baton_operator.main", "--kubeconfig", str(cluster.kubeconfig),
-            "--metrics-port", str(self.metrics_port), "--health-port", str(self.health_port),
-            "--router-image", PLATFORM.router_image, "--worker-image", PLATFORM.worker_image, "--resync-s", "2",
-        ]  # fmt: skip
-        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
-
-    def get(self, path: str, port: int) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-            return str(answer.read().decode())
-
-    def metric(self, name: str, *labels: str) -> float:
-        """Sum of the series with all these labels, Leases left out."""
-        total = 0.0
-        for line in self.get("/metrics", self.metrics_port).splitlines():
-            if line.startswith((f"{name}{{", f"{name} ")) and all(label in line for label in labels):
-                total += 0.0 if "leases" in line else float(line.rpartition(" ")[2])
-        return total
-
-    def leads(self) -> bool:
-        try:
-            return self.metric("baton_operator_leader") == 1
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(timeout=20)
-
-
 @contextmanager
 def operators(cluster: Cluster, folder: Path, count: int = 1, port: int = 19300) -> Iterator[list[Operator]]:
     made: list[Operator] = []
     try:
-        made.extend(Operator(cluster, folder, f"operator-{index}", port + 10 * index) for index in range(count))
+        images = (PLATFORM.router_image, PLATFORM.worker_image)
+        made.extend(
+            Operator(
+                cluster.kubeconfig, folder / f"operator-{index}.log", port + 10 * index, images=images,
+                options=["--resync-s", "2"],
+            )
+            for index in range(count)
+        )  # fmt: skip
         yield made
     finally:
         for one in made:
             one.kill()
         cluster.kubectl("delete", "lease", "baton-operator", "--ignore-not-found", "-n", "default")
-
-
-def until(ok: Callable[[], bool], what: str, timeout_s: float = 30) -> float:
-    """Seconds that it took."""
-    began_s = time.monotonic()
-    while not ok():
-        assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s} s: {what}"
-        time.sleep(0.1)
-    return time.monotonic() - began_s
 
 
 def apply(cluster: Cluster, ns: str, name: str = "demo", *, profile: str = "cpu", prefill: int = 1) -> None:

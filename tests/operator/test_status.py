@@ -73,6 +73,20 @@ NOT_FETCHED = pod(
                   lastState={"terminated": {"exitCode": 1, "message": "404 no such repository"}})
     ],
 )  # fmt: skip
+KILLED = pod(
+    Component.DECODE, ready=False,
+    containerStatuses=[
+        container("main", {"running": {"a": 1}}, restartCount=2,
+                  lastState={"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "loading"}})
+    ],
+)  # fmt: skip
+ENDED = pod(
+    Component.DECODE, ready=False,
+    containerStatuses=[
+        container("main", {"waiting": {"reason": "CrashLoopBackOff"}}, restartCount=1,
+                  lastState={"terminated": {"exitCode": 0, "reason": "Completed"}})
+    ],
+)  # fmt: skip
 FETCHING = pod(Component.DECODE, ready=False, initContainerStatuses=[container("fetch-model", {"running": {"a": 1}})])
 
 
@@ -82,6 +96,8 @@ FETCHING = pod(Component.DECODE, ready=False, initContainerStatuses=[container("
         (see(prefill=[UNSCHEDULABLE]), "PrefillReady", "Unschedulable", ["Insufficient nvidia.com/gpu", "add nodes"]),
         (see(decode=[NO_IMAGE]), "DecodeReady", "ImageUnavailable", ["img:1", "pull secrets"]),
         (see(router=[CRASHING]), "RouterReady", "Crashing", ["no model at", "kubectl logs chat-router-0 -p"]),
+        (see(decode=[KILLED]), "DecodeReady", "OutOfMemory", ["pod chat-decode-0 was killed", "raise resources"]),
+        (see(decode=[ENDED]), "DecodeReady", "Crashing", ["ended with status 0", "it should run on"]),
         (see(prefill=[], decode=[NOT_FETCHED]), "ModelReady", "FetchFailed", ["404 no such", "spec.model.uri"]),
         (see(prefill=[], decode=[FETCHING]), "ModelReady", "Fetching", ["hf://Qwen/Qwen3-0.6B"]),
         (see(decode=[]), "DecodeReady", "PodsStarting", ["0 of 1 decode pods"]),

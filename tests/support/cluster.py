@@ -167,8 +167,11 @@ def _given() -> Cluster | None:
 
 # ---- starting one ----------------------------------------------------------------------------------------------------
 @contextmanager
-def control_plane(folder: Path, *, controllers: bool = False) -> Iterator[Cluster]:
-    """etcd and API server below `folder`; with `controllers` also Deployments, garbage collection and the like."""
+def control_plane(folder: Path, *, controllers: bool = False, flags: Sequence[str] = ()) -> Iterator[Cluster]:
+    """etcd and API server below `folder`; with `controllers` also Deployments, garbage collection and the like.
+
+    `flags` are further ones of the API server, which a cluster that is there already does not get.
+    """
     if (given := _given()) is not None:
         yield given
         return
@@ -181,7 +184,7 @@ def control_plane(folder: Path, *, controllers: bool = False) -> Iterator[Cluste
     kube.kubeconfig(folder / "controllers.kubeconfig", pki, "controller-manager", server)
     with ExitStack() as stack:
         stack.enter_context(_process(folder, _etcd(binaries, folder, client, peer)))
-        stack.enter_context(_process(folder, _api_server(binaries, pki, client, api)))
+        stack.enter_context(_process(folder, [*_api_server(binaries, pki, client, api), *flags]))
         cluster = Cluster(kubeconfig=folder / "kubeconfig", kubectl_path=str(binaries / "kubectl"), programs=binaries)
         _wait("API server", lambda: _ready(cluster), _READY_S)
         if controllers:
