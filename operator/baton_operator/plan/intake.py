@@ -30,6 +30,7 @@ from baton_operator.plan.names import child_name
 _ITL_BOUND_MS = 50       # slowest pace between tokens that a drain waits for, where no SLO says otherwise
 _CONTEXT_TOKENS = 8192   # length of an answer that a drain waits for, where the context is not declared
 _DRAIN_S = (30, 3600)    # shortest and longest drain of a worker that writes answers
+_WORKER_WAIT_S = 60      # a deleted pod's successor is on its way: new and started answers wait for it
 _PREFILL_DRAIN_S = 60    # a prompt that runs, and its handoff
 _ROUTER_REQUESTS: Mapping[str, int | str] = {"cpu": "500m", "memory": "512Mi"}
 _ROUTER_LIMITS: Mapping[str, int | str] = {"memory": "2Gi"}
@@ -154,7 +155,7 @@ def _settings(spec: ServiceSpec, profile: AcceleratorProfile) -> Mapping[str, Ma
         "worker": {"device": "cuda" if device == "rocm" else device, "log_style": "json"},
         "engine": engine,
         "transfer": {"wire": spec.transport.wire},
-        "router": {"log_style": "json"},
+        "router": {"log_style": "json", "worker_wait_s": _WORKER_WAIT_S, "resume_wait_s": _WORKER_WAIT_S},
     }
 
 

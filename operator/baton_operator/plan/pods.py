@@ -204,7 +204,8 @@ def _router_probes() -> dict[str, Json]:
 
     return {
         "startupProbe": probe("/health", periodSeconds=1, failureThreshold=120),
-        "readinessProbe": probe("/ready", periodSeconds=2, failureThreshold=2),
+        # All routers see the same workers: with none in the Service, requests that could wait for one are refused.
+        "readinessProbe": probe("/ready", periodSeconds=2, failureThreshold=30),
         "livenessProbe": probe("/health", periodSeconds=10, failureThreshold=3),
     }
 
