@@ -48,6 +48,11 @@ class OperatorConfig:
     lease_retry_s: Annotated[float, Field(gt=0, description="time between two looks at the Lease, seconds")] = 2.0
     metrics_port: Annotated[int, Field(ge=0, le=65535, description="Prometheus port; 0 = off")] = 9090
     health_port: Annotated[int, Field(ge=0, le=65535, description="port of /healthz and /readyz; 0 = off")] = 8081
+    webhook_port: Annotated[int, Field(ge=0, le=65535, description="port of the admission webhook; 0 = off")] = 0
+    webhook_name: Annotated[
+        str,
+        Field(description="the webhook's Service and Secret; its configuration is called NAMESPACE-NAME"),
+    ] = "baton-operator-webhook"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="least severe log records to write")
     ] = "info"

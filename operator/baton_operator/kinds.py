@@ -15,6 +15,10 @@ SECRET = Kind(group="", version="v1", kind="Secret", plural="secrets")
 CLAIM = Kind(group="", version="v1", kind="PersistentVolumeClaim", plural="persistentvolumeclaims")
 EVENT = Kind(group="events.k8s.io", version="v1", kind="Event", plural="events")
 LEASE = Kind(group="coordination.k8s.io", version="v1", kind="Lease", plural="leases")
+WEBHOOK_CONFIGURATION = Kind(
+    group="admissionregistration.k8s.io", version="v1", kind="ValidatingWebhookConfiguration",
+    plural="validatingwebhookconfigurations", namespaced=False,
+)  # fmt: skip
 SERVICE_ACCOUNT = Kind(group="", version="v1", kind="ServiceAccount", plural="serviceaccounts")
 CONFIG_MAP = Kind(group="", version="v1", kind="ConfigMap", plural="configmaps")
 SERVICE = Kind(group="", version="v1", kind="Service", plural="services")

@@ -25,6 +25,8 @@ from baton_common.kube.credentials import Credentials, find_credentials
 from baton_common.kube.errors import KubeError
 from baton_common.logs import set_up
 from baton_common.settings import from_command_line
+from baton_operator.admission import Admission
+from baton_operator.certificates import Lifetimes
 from baton_operator.config import OperatorConfig
 from baton_operator.controller import Controller
 from baton_operator.facts import look_up
@@ -37,15 +39,17 @@ from baton_operator.plan.labels import MANAGER
 from baton_operator.prerequisites import ClusterFacts
 from baton_operator.reconcile import Reconciler
 from baton_operator.recorder import EventRecorder
+from baton_operator.rotation import Rotation
 from baton_operator.watching import watch
+from baton_operator.webhook import Webhook
 
 log = logging.getLogger("baton.operator")
 
 _FACTS_RETRY_S = 2.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Blocks until SIGINT or SIGTERM."""
+def main(argv: Sequence[str] | None = None, *, lifetimes: Lifetimes = Lifetimes()) -> int:
+    """Entry point. Blocks until SIGINT or SIGTERM. `lifetimes` of the webhook's certificates are no setting."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         resolved, explain = from_command_line(
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = resolved.value
         set_up(level=config.log_level, style=config.log_style)
         credentials = find_credentials(config.kubeconfig, os.environ)
-        return asyncio.run(_Operator(config, credentials).run())
+        return asyncio.run(_Operator(config, credentials, lifetimes).run())
     except ConfigError as error:
         sys.stderr.write(f"baton-operator: {error}\n")
         return 2
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Operator:
     """One life."""
 
-    def __init__(self, config: OperatorConfig, credentials: Credentials) -> None:
+    def __init__(self, config: OperatorConfig, credentials: Credentials, lifetimes: Lifetimes) -> None:
         self._config = config
         self._credentials = credentials
         self._clock = SystemClock()
@@ -81,6 +85,7 @@ class _Operator:
         self._lease_times = LeaseTimes(
             lease_s=config.lease_s, renew_s=config.lease_renew_s, retry_s=config.lease_retry_s
         )
+        self._lifetimes = lifetimes
 
     async def run(self) -> int:
         """Returns the exit status."""
@@ -99,14 +104,18 @@ class _Operator:
                     stalled_s=controller.stalled_s, watching=watching,
                 ):  # fmt: skip
                     await self._first_facts(client)
+                    webhook = self._webhook(client, election) if config.webhook_port else None
                     tasks = [
                         asyncio.create_task(election.run(), name="leader election"),
                         asyncio.create_task(controller.run(), name="workers"),
                         asyncio.create_task(self._resync(client, controller), name="resync"),
                         asyncio.create_task(
-                            watch(controller, self._credentials, config, ready=watching), name="watching"
+                            watch(controller, self._credentials, config, ready=watching, webhook=webhook),
+                            name="watching",
                         ),
                     ]
+                    if webhook is not None:
+                        tasks.append(asyncio.create_task(webhook.rotation.run(), name="certificates"))
                     log.info("started", extra={"identity": self._identity, "server": self._credentials.server})
                     status = await _until_first_ends(tasks)
             await election.release()
@@ -132,6 +141,22 @@ class _Operator:
             clock=self._clock,
             wall=_utc,
             times=self._lease_times,
+        )
+
+    def _webhook(self, client: KubeClient, election: LeaderElection) -> Webhook:
+        return Webhook(
+            port=self._config.webhook_port,
+            admission=Admission(client, facts=lambda: self._facts, reviews=self._metrics.reviews),
+            rotation=Rotation(
+                client,
+                namespace=self._config.lease_namespace or self._credentials.namespace,
+                name=self._config.webhook_name,
+                leads=lambda: election.leads,
+                clock=self._clock,
+                wall=_utc,
+                expires_s=self._metrics.certificate_expires.set,
+                times=self._lifetimes,
+            ),
         )
 
     async def _first_facts(self, client: KubeClient) -> None:

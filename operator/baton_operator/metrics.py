@@ -41,6 +41,14 @@ class OperatorMetrics:
             "baton_operator_service_ready", "1 when the service is Ready, 0 when not", ["namespace", "service"],
             registry=registry,
         )  # fmt: skip
+        self.reviews = Counter(
+            "baton_operator_admission_reviews", "Services judged before they are stored, by result", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self.certificate_expires = Gauge(
+            "baton_operator_webhook_certificate_expires_timestamp_seconds",
+            "When the certificate that this replica serves with ends; 0: it serves with none", registry=registry,
+        )  # fmt: skip
 
     def counted(self, verb: str, resource: str, code: int, seconds: float) -> None:
         """As `kube.client.CallCounter`."""

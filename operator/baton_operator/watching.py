@@ -22,6 +22,7 @@ from baton_operator.config import OperatorConfig
 from baton_operator.controller import Controller
 from baton_operator.kinds import ACCELERATOR_PROFILE, CHILD_KINDS, INFERENCE_SERVICE, OPTIONAL_KINDS
 from baton_operator.plan.labels import PREFIX, SERVICE_ANNOTATION, SERVICE_LABEL
+from baton_operator.webhook import Webhook
 
 _WATCHED_CHILDREN = (*(kind for kind in CHILD_KINDS if kind not in OPTIONAL_KINDS), POD)
 _SERVER_TIMEOUT_S = 300    # an integer in the URL; a watch is renewed by the server after this
@@ -56,14 +57,22 @@ class NothingStored(kopf.DiffBaseStorage, kopf.ProgressStorage):
 
 
 async def watch(
-    controller: Controller, credentials: Credentials, config: OperatorConfig, *, ready: asyncio.Event
+    controller: Controller,
+    credentials: Credentials,
+    config: OperatorConfig,
+    *,
+    ready: asyncio.Event,
+    webhook: Webhook | None,
 ) -> None:
     """Until SIGTERM or SIGINT, which kopf handles, or until cancelled. Sets `ready` once it watches."""
     logging.getLogger("kopf").setLevel(logging.WARNING)
     kopf_identity: Any = platform.node()
+    registry, settings = _registry(controller, credentials), _settings(config)
+    if webhook is not None:
+        webhook.register(registry, settings)
     await kopf.operator(
-        registry=_registry(controller, credentials),
-        settings=_settings(config),
+        registry=registry,
+        settings=settings,
         standalone=True,
         clusterwide=not config.namespaces,
         namespaces=config.namespaces,

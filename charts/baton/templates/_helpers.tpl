@@ -19,6 +19,11 @@
 {{- printf "%s-operator" (include "baton.fullname" .) -}}
 {{- end -}}
 
+{{- /* The webhook's Service and Secret; its configuration has the namespace before it, as rotation.py expects. */ -}}
+{{- define "baton.webhook" -}}
+{{- printf "%s-webhook" (include "baton.operator" .) -}}
+{{- end -}}
+
 {{- define "baton.serviceAccount" -}}
 {{- if .Values.serviceAccount.create -}}
 {{- default (include "baton.operator" .) .Values.serviceAccount.name -}}
