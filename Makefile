@@ -77,6 +77,7 @@ chart: install
 	@$(BIN)/python -m baton_operator.crd
 	@$(BIN)/python tools/chart.py
 	@$(BIN)/python tools/dashboards.py
+	@$(BIN)/python tools/fields.py
 
 images: install
 	@$(BIN)/python tools/make_images.py $(IMAGES)

@@ -87,7 +87,7 @@ def test_up_refuses_a_mistake_in_one_line(tmp_path: Path, flags: tuple[str, ...]
 def test_no_command_that_only_looks_loads_torch(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "import baton.main, baton.up, baton.chat, baton.status, baton_operator.document\n"
+        "import baton.main, baton.up, baton.chat, baton.status, baton.cluster_status, baton.render\n"
         "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

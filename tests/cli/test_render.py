@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from baton.render import Extra, Rendered, extras, render
+from baton.request import UpOptions, deployment
 from baton_common.errors import ConfigError
 from baton_operator.api import InferenceService, Place
 from baton_operator.config import OperatorConfig
@@ -51,7 +52,8 @@ def test_every_sample_is_valid_and_renders_a_deployment_for_each_role(file: Path
 
 def test_the_first_sample_has_at_most_fifteen_lines_and_runs_on_one_machine_too() -> None:
     assert len(DEMO.read_text().splitlines()) <= 15
-    read_service(DEMO, place=Place.MACHINE)
+    here = deployment(UpOptions(target=str(DEMO)))
+    assert (here.served_name, here.prefill, here.decode, here.colocated) == ("baton-demo", 1, 1, 0)
 
 
 def test_what_lies_beside_the_samples_belongs_to_one_of_them() -> None:
