@@ -1,9 +1,9 @@
 """Readiness gates: conditions on the workers' pods that say what this router knows of them.
 
-What holds (registered, transport proved) is asserted as long as it holds, again every RESYNC_S; what does not hold any
-more is said once. So two routers that see different things never write in turn, and a pod that already says the right
-thing is only read: no writes in steady state, none after a restart of the router. Failures are logged and repeated and
-disturb nothing. Does not know how a transport is proved (`proving.py` does) nor where pods are found.
+What holds (registered, transport proved) is asserted as long as it holds, again every `resync_s`; what does not hold
+any more is said once. So two routers that see different things never write in turn, and a pod that already says the
+right thing is only read: no writes in steady state, none after a restart of the router. Failures are logged and
+repeated and disturb nothing. Does not know how a transport is proved (`proving.py` does) nor where pods are found.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ from baton_router.fleet import Fleet
 
 log = logging.getLogger("baton.router.gates")
 
-LOST_GRACE_S = 2.0
-UNMET_GRACE_S = 15.0
-"""A pod that this router never met may carry a True of an earlier router; it gets this long to answer."""
-
-RESYNC_S = 20.0
-RETRY_MIN_S = 1.0
 AT_ONCE = 8
+"""Pods that are asked and told at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatePace:
+    """`unmet_grace_s`: so long a pod that this router never met, and that may carry a True of before, has to answer."""
+
+    lost_grace_s: float = 2.0
+    unmet_grace_s: float = 15.0
+    resync_s: float = 20.0
+    retry_min_s: float = 1.0
+
 
 TRUE, FALSE, UNKNOWN, ABSENT = "True", "False", "Unknown", ""
 ANYTHING = frozenset({TRUE, FALSE, UNKNOWN, ABSENT})
@@ -110,8 +116,8 @@ def _is_news(condition: Condition, current: Object) -> bool:
 class _Pod:
     """What is to be said about one pod, by type, and when next."""
 
-    lost_s: float | None  # since when there is no stream; None while there is one
-    grace_s: float = UNMET_GRACE_S
+    lost_s: float | None = None  # since when there is no stream; None while there is one
+    grace_s: float = 0.0
     worker: str = ""  # key of the link that is registered
     holds: dict[str, Condition] = field(default_factory=dict)
     once: dict[str, Condition] = field(default_factory=dict)
@@ -133,11 +139,14 @@ class _Pod:
 class Gates:
     """Follows the fleet and keeps the pods told. `random` gives numbers in [0, 1)."""
 
-    def __init__(self, fleet: Fleet, writer: PodWriter, clock: Clock, random: Callable[[], float]) -> None:
+    def __init__(
+        self, fleet: Fleet, writer: PodWriter, clock: Clock, random: Callable[[], float], pace: GatePace = GatePace()
+    ) -> None:
         self._fleet = fleet
         self._writer = writer
         self._clock = clock
         self._random = random
+        self._pace = pace
         self._pods: dict[str, _Pod] = {}
         self._wake = asyncio.Event()
         self._room = asyncio.Semaphore(AT_ONCE)
@@ -168,21 +177,21 @@ class Gates:
         """When something is due, be it the end of a grace."""
         entries = self._pods.values()
         graces = [entry.lost_s + entry.grace_s for entry in entries if entry.lost_s is not None and not entry.lost_told]
-        return min([self._clock.now() + RESYNC_S, *graces, *(entry.due_s for entry in entries)])
+        return min([self._clock.now() + self._pace.resync_s, *graces, *(entry.due_s for entry in entries)])
 
     def _observe(self, now_s: float) -> None:
         """The ledger follows the fleet."""
         listed = {link.pod for link in self._fleet.links if link.pod}
         registered = {link.pod: link.key for link in self._fleet.registered() if link.pod}
         for pod in listed - self._pods.keys():
-            self._pods[pod] = _Pod(lost_s=now_s)
+            self._pods[pod] = _Pod(lost_s=now_s, grace_s=self._pace.unmet_grace_s)
         for pod, entry in list(self._pods.items()):
             worker = registered.get(pod)
             if worker is not None and worker != entry.worker:
-                entry = self._pods[pod] = _Pod(lost_s=None, worker=worker)
+                entry = self._pods[pod] = _Pod(worker=worker)
                 entry.tell(REGISTERED, now_s)
             elif worker is None and entry.lost_s is None:
-                self._pods[pod] = _Pod(lost_s=now_s, grace_s=LOST_GRACE_S)
+                self._pods[pod] = _Pod(lost_s=now_s, grace_s=self._pace.lost_grace_s)
             elif worker is None and not entry.lost_told and now_s >= (entry.lost_s or 0.0) + entry.grace_s:
                 entry.lost_told = True
                 entry.tell(LOST, now_s)
@@ -197,15 +206,15 @@ class Gates:
                 await self._writer.settle(pod, [*entry.holds.values(), *once.values()])
         except BatonError as error:
             entry.failures += 1
-            pause_s = backoff_s(entry.failures, self._random(), least_s=RETRY_MIN_S)
+            pause_s = backoff_s(entry.failures, self._random(), least_s=self._pace.retry_min_s)
             self._failed(error)
         except Exception:
             log.exception("writing conditions of pod %s failed unexpectedly", pod)
-            pause_s = RESYNC_S
+            pause_s = self._pace.resync_s
         else:
             entry.failures = 0
             entry.once = {kind: said for kind, said in entry.once.items() if once.get(kind) is not said}
-            pause_s = RESYNC_S * (0.9 + 0.2 * self._random()) if entry.holds else math.inf
+            pause_s = self._pace.resync_s * (0.9 + 0.2 * self._random()) if entry.holds else math.inf
             self._succeeded()
         entry.due_s = min(entry.due_s, self._clock.now() + pause_s)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton_common.kube.gates import TRANSPORT_GATE
@@ -21,13 +22,17 @@ from baton_router.metrics import RouterMetrics
 from baton_router.probe import ProbeResult
 
 AT_A_TIME = 3
-RETRY_MIN_S = 2.0
-RETRY_MAX_S = 10.0  # half as much again with jitter
-NOBODY_GRACE_S = 2.0
-"""Workers come up in any order; so long nobody is told that there is no decode worker."""
-
 Probe = Callable[[Link, Link], Awaitable[ProbeResult]]
 """(prefill, decode). Has a deadline of its own and raises nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofPace:
+    """`nobody_grace_s`: workers come up in any order; so long nobody is told that there is no decode worker."""
+
+    retry_min_s: float = 2.0
+    retry_max_s: float = 10.0  # half as much again with jitter
+    nobody_grace_s: float = 2.0
 
 
 class Tell(Protocol):
@@ -40,13 +45,20 @@ class Prover:
     """Follows the fleet. `random` gives numbers in [0, 1)."""
 
     def __init__(
-        self, fleet: Fleet, probe: Probe, tell: Tell, metrics: RouterMetrics, random: Callable[[], float]
+        self,
+        fleet: Fleet,
+        probe: Probe,
+        tell: Tell,
+        metrics: RouterMetrics,
+        random: Callable[[], float],
+        pace: ProofPace = ProofPace(),
     ) -> None:
         self._fleet = fleet
         self._probe = probe
         self._tell = tell
         self._metrics = metrics
         self._random = random
+        self._pace = pace
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by key of the prefill link; one that is done is a proof
         self._turn = 0
 
@@ -84,10 +96,12 @@ class Prover:
                     replaces = ANYTHING - {TRUE}  # another router may have proved it: contradict once
             elif self._fresh(prefill, set()):
                 failures += 1
-                pause_s = backoff_s(failures, self._random(), least_s=RETRY_MIN_S, most_s=RETRY_MAX_S)
+                pause_s = backoff_s(
+                    failures, self._random(), least_s=self._pace.retry_min_s, most_s=self._pace.retry_max_s
+                )
                 if not await self._fresh_within(pause_s, prefill, tried):
                     tried.clear()
-            elif not await self._fresh_within(NOBODY_GRACE_S, prefill, tried):
+            elif not await self._fresh_within(self._pace.nobody_grace_s, prefill, tried):
                 if prefill.up:
                     self._tell(prefill.pod, key, self._nobody(prefill))
                 await self._change()

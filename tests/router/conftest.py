@@ -42,7 +42,7 @@ def checkpoint(folder: Path) -> Checkpoint:
     return load_checkpoint(str(folder))
 
 
-async def eventually(condition: Callable[[], bool], what: str, limit_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
     """Wait until a fact is there; the limit only bounds a failing test."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + limit_s

@@ -90,8 +90,9 @@ class FakeWorker(rpc.WorkerServicer):
 
     def __init__(self, role: wire.Role, cluster: Cluster, *, worker_id: str = "", page_tokens: int = 16,
                  context_tokens: int = 512, tick_s: float = 0.002, function: TokenFunction = chained,
-                 model_digest: str = "d0") -> None:  # fmt: skip
+                 model_digest: str = "d0", host: str = "127.0.0.1", port: int = 0) -> None:  # fmt: skip
         self.role = role
+        self.host = host
         self.cluster = cluster
         self.worker_id = worker_id or f"{wire.Role.Name(role).lower()}-{next(cluster.counter)}"
         self.compat = common_pb2.Compat(protocol_version=1, model_digest=model_digest, page_tokens=page_tokens)
@@ -110,7 +111,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.streams: list[Stream] = []
         self.running: list[Running] = []
         self.address = ""
-        self._port = 0
+        self._port = port
         self._lives = itertools.count(1)
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -121,8 +122,8 @@ class FakeWorker(rpc.WorkerServicer):
         self.incarnation = f"{self.worker_id}.{next(self._lives)}"
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         rpc.add_WorkerServicer_to_server(self, self._server)
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
-        self.address = f"127.0.0.1:{self._port}"
+        self._port = self._server.add_insecure_port(f"{self.host}:{self._port}")
+        self.address = f"{self.host}:{self._port}"
         await self._server.start()
         self._ticker = asyncio.create_task(self._tick_for_ever())
         return self
