@@ -192,6 +192,12 @@ def test_the_grace_period_covers_the_longest_answer_at_the_slowest_pace(spec: Tr
     assert template(wanted, "router")["spec"]["terminationGracePeriodSeconds"] == seconds + 15
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode", "router"])
+def test_a_pod_that_is_stopped_while_it_starts_hears_it(role: str) -> None:
+    """Process 1 ignores signals that it has no handler for: only the pause container may be that."""
+    assert template(planned(), role)["spec"]["shareProcessNamespace"] is True
+
+
 def test_gpus_rdma_and_nodes_come_from_the_profile() -> None:
     h200 = shipped_profiles()["h200"]
     wanted = planned(h200, profile="h200", parallelism={"tensor": 4}, decode={"parallelism": {"tensor": 8}})

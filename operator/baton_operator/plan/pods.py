@@ -71,6 +71,8 @@ def _spec(plan: Blueprint, pool: Pool) -> dict[str, Json]:
         "serviceAccountName": child_name(plan.name, "router" if is_router else "worker"),
         "automountServiceAccountToken": is_router,
         "enableServiceLinks": False,
+        # as process 1 a program that is still importing would be deaf to SIGTERM and cost the whole grace period
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": grace_s(pool),
         "securityContext": {
             "runAsNonRoot": True, "runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID,
