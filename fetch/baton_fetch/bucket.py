@@ -116,7 +116,9 @@ class Bucket:
         """`parts` 0: over the whole file. None where the size of the parts cannot be known."""
         if parts == 0:
             return Digest(algorithm=algorithm, value=value)
-        piece_bytes = int(self._client.head_object(**self._object(file), PartNumber=1)["ContentLength"])
+        # without If-Match: some servers compare it with the ETag of the part
+        where = {"Bucket": self._place.bucket, "Key": f"{self._place.prefix}{file.name}"}
+        piece_bytes = int(self._client.head_object(**where, PartNumber=1)["ContentLength"])
         if piece_bytes <= 0 or -(-file.size_bytes // piece_bytes) != parts:
             return None     # parts of different sizes, or a server without part numbers
         return Digest(algorithm=algorithm, value=value, piece_bytes=piece_bytes)

@@ -80,7 +80,7 @@ class Hub:
             raise self._translated(error) from None
         if status == 200:
             raise FetchFailed(f"{self._uri}: {urlsplit(location).hostname} does not answer ranges; check the proxy")
-        self._forget(file.name)     # signed addresses expire: the next try asks for a new one
+        self._forget(file.name, location)   # signed addresses expire: the next try asks for a new one
         raise Unavailable(f"{file.name}: HTTP {status} from {urlsplit(location).hostname}")
 
     def _file(self, item: RepoSibling) -> RemoteFile:
@@ -109,9 +109,10 @@ class Hub:
             self._locations[name] = (metadata.location, time.monotonic())
             return metadata.location
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str, location: str) -> None:
         with self._locating:
-            self._locations.pop(name, None)
+            if self._locations.get(name, ("", 0.0))[0] == location:
+                del self._locations[name]
 
     def _url(self, name: str) -> str:
         return hf_hub_url(self._place.name, name, revision=self._commit, endpoint=self._api.endpoint)

@@ -138,7 +138,8 @@ class FolderLock:
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+            same = os.pread(descriptor, len(record) + 1, 0).decode() == record
+            return same and os.path.samestat(os.fstat(descriptor), os.stat(self._path))
         except OSError:
             return False
         finally:
