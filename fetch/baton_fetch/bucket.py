@@ -162,4 +162,5 @@ class Bucket:
 
 
 def _text(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+    """Without the query of an address: long, and nobody's business."""
+    return (re.sub(r'\?[^"\s]*', "", " ".join(str(error).split())) or type(error).__name__)[:160]

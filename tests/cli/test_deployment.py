@@ -8,6 +8,7 @@ import pytest
 from baton.deployment import Deployment
 from baton.request import DEMO_NAME, UpOptions, deployment, service_name
 from baton.supervisor import Command
+from baton_common.checkpoint import demo_checkpoint
 from baton_common.errors import ConfigError
 
 SERVICE = """\

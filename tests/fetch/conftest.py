@@ -8,12 +8,9 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from support.fetching import SHARDS, SMALL, UNWANTED
 from support.hub_server import HubServer
 from support.s3_server import S3Server
-
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json")
-UNWANTED = ("README.md", "consolidated.safetensors", "pytorch_model.bin", ".gitattributes")
 
 
 @pytest.fixture

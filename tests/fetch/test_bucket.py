@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from fetch.conftest import SHARDS, SMALL, UNWANTED
-from support.fetching import QUICK, contents, fetch
+from support.fetching import QUICK, SHARDS, SMALL, UNWANTED, contents, fetch
 from support.s3_server import PART_BYTES, S3Server
 from support.tcp_proxy import TcpProxy
 

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fetch.conftest import SHARDS
-from support.fetching import QUICK, contents, fetch
+from support.fetching import QUICK, SHARDS, contents, fetch
 from support.hub_server import HubServer, git_digest
 
 from baton_fetch.errors import FetchFailed, Mistake

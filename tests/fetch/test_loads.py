@@ -11,7 +11,7 @@ from support.fetching import fetch
 from support.hub_server import HubServer
 
 from baton_common.checkpoint import resolve_checkpoint
-from baton_engine.exec.device import Device
+from baton_engine.exec.device import open_device
 from baton_engine.models.loader import load_model
 from baton_fetch.request import Request
 from baton_router.checkpoint import load_checkpoint
@@ -35,7 +35,7 @@ def test_the_router_reads_a_folder_without_weights(hub: HubServer, published: Pa
 
 def test_the_engine_loads_the_whole_one(hub: HubServer, published: Path, tmp_path: Path) -> None:
     fetch(Request(uri="hf://acme/tiny", folder=tmp_path / "whole", endpoint=hub.url))
-    device = Device("cpu")
+    device = open_device("cpu")
     try:
         loaded, original = (load_model(folder, device=device) for folder in (tmp_path / "whole", published))
     finally:

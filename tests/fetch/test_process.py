@@ -7,6 +7,7 @@ import random
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_nothing_is_written_outside_the_folder(hub: HubServer, files: dict[str, 
     status, output = finish(process)
     assert status == 0, output
     assert not os.listdir(home)
+
+
+def test_a_full_disk_is_named_and_the_folder_is_resumable(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk: the kernel refuses the write all the same."""
+    program = f"ulimit -f 3000; exec '{sys.executable}' -m baton_fetch --uri baton://demo --to '{tmp_path}'"
+    full = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1] == (
+        f"baton-fetch: baton://demo: {tmp_path} is full; give the model volume more room; what is fetched is kept"
+    )
+    assert part_bytes(tmp_path) > 0
+    status, output = finish(start_fetch("--uri", "baton://demo", "--to", tmp_path, environment={}))
+    assert (status, "fetched 7.0 MB" in output) == (0, False), output
 
 
 def test_the_demo_model_comes_with_the_program(tmp_path: Path) -> None:

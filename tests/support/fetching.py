@@ -16,6 +16,9 @@ from baton_fetch.run import Limits, fetch_into
 QUICK = Limits(contact_s=0.3, give_up_s=1.0, beat_s=0.2, stale_s=1.0)
 PATIENT = Limits(contact_s=60.0, give_up_s=60.0, beat_s=0.2, stale_s=1.0)
 WAIT_S = 90.0
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json")
+UNWANTED = ("README.md", "consolidated.safetensors", "pytorch_model.bin", ".gitattributes")
 
 
 def fetch(request: Request, *, limits: Limits = PATIENT, environment: Mapping[str, str] | None = None) -> None:

@@ -23,6 +23,13 @@ def commit_of(text: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves in the middle is part of the tests."""
+
+
 class HubServer:
     """`models[name][revision]` is a commit, `trees[commit]` its files."""
 
@@ -40,11 +47,10 @@ class HubServer:
         self.resolved: list[str] = []
         self._signature = 1
         self._lock = threading.Lock()
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(part)) for part in ("hub", "storage")]
+        self._servers = [_Server(("127.0.0.1", 0), self._handler(part)) for part in ("hub", "storage")]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         self.storage_port = self._servers[1].server_port
         for server in self._servers:
-            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> HubServer:
