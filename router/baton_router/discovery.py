@@ -90,7 +90,7 @@ class Discovery:
         pods = pods_by_address(slices)
         self._fleet.absence = self._absence(slices)
         if len(pods) != self.endpoints:
-            log.info("%d workers are listed for Services %s", len(pods), self._names)
+            log.info("Services %s list %d addresses of workers", self._names, len(pods))
         self.endpoints = len(pods)
         self._fleet.assign(pods)
 

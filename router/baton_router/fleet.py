@@ -184,7 +184,7 @@ class Fleet:
         paired = any(decode.compat == prefill.compat for decode in decodes for prefill in prefills)
         if paired or by_role[WorkerRole.COLOCATED]:
             return Readiness(ready=True, reasons=())
-        reasons = [f"worker {link.address}: {_state(link)}" for link in self.links if link not in open_links]
+        reasons = [f"worker {_place(link)}: {_state(link)}" for link in self.links if link not in open_links]
         if not self.links:
             reasons.append(self.absence)
         if self.trouble:
@@ -202,6 +202,7 @@ class Fleet:
         return [
             {
                 "address": link.address,
+                "pod": link.pod or None,
                 "worker_id": link.hello.worker_id if link.hello else None,
                 "role": _ROLES[link.hello.role].value if link.hello else None,
                 "state": _state(link),
@@ -230,6 +231,10 @@ def difference(prefill: Link, decode: Link) -> str:
                 f"{field.name} differs: {left!r} and {right!r}"
             )
     return f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id} do not fit"
+
+
+def _place(link: Link) -> str:
+    return f"{link.address} (pod {link.pod})" if link.pod else link.address
 
 
 def _state(link: Link) -> str:
