@@ -94,6 +94,25 @@ def test_status_from_nothing_to_ready(cluster: Cluster) -> None:
     assert "StatusOutdated" in baton(cluster.kubeconfig, "status", "-n", "team").stdout
 
 
+def test_watching_shows_every_change(cluster: Cluster) -> None:
+    cluster.kubectl("apply", "-n", "team", "-f", str(SAMPLES / "cpu-demo.yaml"))
+    say(cluster, "True", "Serving", "first")
+    kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    process = subprocess.Popen(
+        [str(BATON), "status", "demo", "-n", "team", "--watch", "-o", "json"],
+        env={**kept, "KUBECONFIG": str(cluster.kubeconfig)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["services"][0]["message"] == "first"
+        say(cluster, "False", "Fetching", "second")
+        second = json.loads(process.stdout.readline())["services"][0]
+        assert (second["ready"], second["message"]) == (False, "second")
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_somebody_without_rights_is_told_which_to_ask_for_and_sees_what_the_rest_allow(
     cluster: Cluster, tmp_path: Path
 ) -> None:
