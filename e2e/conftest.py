@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -16,7 +17,7 @@ from story.network import Connections
 from story.place import place, why_not
 from story.prometheus import Prometheus
 from story.watch import PodHistory
-from story.world import TEAM, World
+from story.world import SCALABLE, SMALL, TEAM, World
 from support.chart import NAMESPACE
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -91,6 +92,21 @@ def url(world: World) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def load(url: str) -> Load:
+def edited(world: World, history: PodHistory, prometheus: Prometheus | None) -> None:
+    """The sample, so that an autoscaler's numbers are free to change, answers do not depend on who computes beside whom
+    (float32), and there are two routers.
+    """
+    began_s = time.monotonic()
+    world.patch_service({
+        "model": {"dtype": "float32"}, "prefill": SCALABLE, "decode": SCALABLE,
+        "router": {"replicas": 2, "resources": SMALL},
+    })  # fmt: skip
+    world.wait_rolled_out()
+    world.wait_ready(prefill=1, decode=1, router=2)
+    print(f"\nthe edit is rolled out after {time.monotonic() - began_s:.0f} s", flush=True)
+
+
+@pytest.fixture(scope="session")
+def load(edited: None, url: str) -> Load:
     """With the answers of the undisturbed service: each question asked alone."""
     return Load.of(url, questions())

@@ -1,7 +1,6 @@
 """Sixteen clients stream while pods come, go and are replaced. Nobody gets an error, a wrong or a short answer.
 
-The sample is edited once, so that an autoscaler's numbers are free to change, answers do not depend on who computes
-beside whom (float32), and there are two routers.
+The service is the sample after one edit: see `conftest.edited`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,8 @@ from typing import Any
 
 import pytest
 from story.load import Load, client
-from story.prometheus import Prometheus
 from story.watch import PodHistory, Truth
-from story.world import SERVICE, TEAM, World
-
-SMALL = {"requests": {"cpu": "50m", "memory": "256Mi"}}
-ONE_THREAD = {"spec": {"containers": [{"name": "main", "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}]}}
-SCALABLE = {"replicas": None, "minReplicas": 1, "maxReplicas": 3, "resources": SMALL, "podTemplate": ONE_THREAD}
-EDIT = {
-    "model": {"dtype": "float32"}, "prefill": SCALABLE, "decode": SCALABLE,
-    "router": {"replicas": 2, "resources": SMALL},
-}  # fmt: skip
+from story.world import ONE_THREAD, SERVICE, TEAM, World
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,13 +28,6 @@ def truth(world: World, edited: None, url: str) -> Iterator[Truth]:
 
     with Truth(cluster=world.place.cluster, serves=serves).watching() as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def edited(world: World, prometheus: Prometheus | None, history: PodHistory) -> None:
-    world.patch_service(EDIT)
-    world.wait_rolled_out()
-    world.wait_ready(prefill=1, decode=1, router=2)
 
 
 def scale(world: World, role: str, count: int) -> None:

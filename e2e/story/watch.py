@@ -42,8 +42,8 @@ class PodHistory:
     by_address: dict[str, Seen] = field(default_factory=dict)
     pods: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by uid, those that live now
     restarts: dict[str, int] = field(default_factory=dict)
-    early: list[str] = field(default_factory=list)  # Ready without its gates
-    gated: set[str] = field(default_factory=set)    # Ready with all of them
+    early: list[str] = field(default_factory=list)  # became Ready without its gates
+    gated: set[str] = field(default_factory=set)    # became Ready with all of them
     _process: subprocess.Popen[str] | None = None
     _ended: bool = False
 
@@ -76,6 +76,7 @@ class PodHistory:
         if event == "DELETED":
             self.pods.pop(metadata["uid"], None)
             return
+        was_ready = conditions(self.pods.get(metadata["uid"], {})).get("Ready") == "True"
         self.pods[metadata["uid"]] = pod
         name, labels = metadata["name"], metadata.get("labels", {})
         if address := status.get("podIP"):
@@ -83,8 +84,8 @@ class PodHistory:
         for container in status.get("containerStatuses", ()):
             self.restarts[name] = max(self.restarts.get(name, 0), container["restartCount"])
         found = conditions(pod)
-        if labels.get("serving.baton.dev/role") not in WORKERS or found.get("Ready") != "True":
-            return
+        if labels.get("serving.baton.dev/role") not in WORKERS or found.get("Ready") != "True" or was_ready:
+            return  # a gate that closes again comes first, and the kubelet follows
         gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", ())]
         open_gates = [gate for gate in gates if found.get(gate) == "True"]
         if gates and open_gates == gates:
