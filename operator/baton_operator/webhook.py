@@ -73,4 +73,4 @@ class Webhook:
 
 def _is_no_denial(record: logging.LogRecord) -> bool:
     """kopf writes every refusal as an error of the operator's."""
-    return not record.getMessage().startswith(f"Handler {_HANDLER!r} failed permanently")
+    return not record.getMessage().startswith(f"Webhook {_HANDLER!r} failed permanently")

@@ -91,6 +91,12 @@ class World:
         """What the operator asked for and had no right to."""
         return {(verb, resource) for verb, resource, code in self.calls() if code in ("401", "403")}
 
+    def webhook(self) -> tuple[dict[str, str], str]:
+        """The contents of its Secret, and the bundle that the API server trusts."""
+        [hook] = self.get("validatingwebhookconfiguration", f"{NAMESPACE}-{RELEASE}-operator-webhook")["webhooks"]
+        secret = self.get("secret", f"{RELEASE}-operator-webhook", "-n", NAMESPACE)
+        return secret.get("data", {}), hook["clientConfig"].get("caBundle", "")
+
     def logs(self) -> str:
         return "".join(
             self.cluster.kubectl("logs", "-n", NAMESPACE, pod["metadata"]["name"]) for pod in self.pods()
@@ -164,6 +170,23 @@ def test_install_makes_ready_pods_in_a_restricted_namespace(world: World) -> Non
     world.cluster.wait_until("a leader", world.leader, timeout_s=20)
     assert {"inferenceservices.serving.baton.dev", "acceleratorprofiles.serving.baton.dev"} <= world.names("crd")
     assert {"cpu", "h200", "gb200", "mi355x"} <= world.names("acceleratorprofiles")
+
+
+def test_apply_is_answered_by_the_webhook_of_the_release(world: World) -> None:
+    def apply(**spec: Any) -> str:
+        """A dry run, through the Service to any of the replicas."""
+        item = json.loads(service("asked", "team-a"))
+        item["spec"].update(spec)
+        words = ("apply", "--dry-run=server", "-f", "-")
+        return world.cluster.kubectl(*words, stdin=json.dumps(item), check=False)
+
+    refused = "denied the request: NotSupported: the nixl wire"
+    world.cluster.wait_until("a refusal", lambda: refused in apply(transport={"wire": "nixl"}), timeout_s=60)
+    assert "Warning: there is no AcceleratorProfile h100; create it" in apply(profile="h100")
+    assert "Warning" not in apply()
+    data, bundle = world.webhook()
+    assert set(data) == {"ca.crt", "ca.key", "tls.crt", "tls.key"}
+    assert data["ca.crt"] == bundle
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -256,7 +279,9 @@ def test_upgrade_keeps_what_is_there_and_brings_new_crds(world: World, tmp_path:
     crd.write_text(text.replace("    additionalPrinterColumns:\n", column, 1))
     profile = newer / "files/profiles/extra.yaml"
     profile.write_text((newer / "files/profiles/cpu.yaml").read_text().replace("name: cpu", "name: extra"))
+    certificate = world.webhook()
     world.release("upgrade", newer, operator={"log": {"level": "debug"}})
+    assert world.webhook() == certificate
     columns = world.get("crd", "inferenceservices.serving.baton.dev")["spec"]["versions"][0]["additionalPrinterColumns"]
     assert columns[0]["name"] == "Newer"
     after = {item["metadata"]["name"]: item["metadata"]["uid"] for item in world.get("acceleratorprofiles")["items"]}
@@ -269,9 +294,12 @@ def test_upgrade_keeps_what_is_there_and_brings_new_crds(world: World, tmp_path:
 def test_removing_the_release_leaves_what_users_made(world: World) -> None:
     world.helm("uninstall", RELEASE, "--namespace", NAMESPACE, "--wait")
     selector = ("-l", f"app.kubernetes.io/instance={RELEASE}")
-    kinds = "deployments,services,configmaps,serviceaccounts,networkpolicies,poddisruptionbudgets,roles,rolebindings"
+    kinds = (
+        "deployments,services,configmaps,secrets,serviceaccounts,networkpolicies,poddisruptionbudgets,roles,"
+        "rolebindings"
+    )
     assert world.names(kinds, "-n", NAMESPACE, *selector) == set()
-    assert world.names("clusterroles,clusterrolebindings", *selector) == set()
+    assert world.names("clusterroles,clusterrolebindings,validatingwebhookconfigurations", *selector) == set()
     assert world.names("isvc", "-n", "team-a") == {"first"}
     assert "first-decode" in world.names("deployments", "-n", "team-a")  # services go on serving
     assert "cpu" in world.names("acceleratorprofiles")

@@ -37,7 +37,7 @@ def test_names_are_unique_and_short(name: str, rendered: dict[str, Objects]) -> 
     assert len(keys) == len(set(keys))
     for item in objects:
         if item["kind"] != "CustomResourceDefinition":
-            assert len(item["metadata"]["name"]) <= (63 if "Role" not in item["kind"] else 253)
+            assert len(item["metadata"]["name"]) <= (253 if re.search("Role|Webhook", item["kind"]) else 63)
         assert all(len(str(value)) <= 63 for value in item["metadata"].get("labels", {}).values())
 
 
@@ -49,8 +49,8 @@ def test_no_role_has_a_wildcard_or_can_raise_itself(name: str, rendered: dict[st
             assert "*" not in "".join(words)
             assert not {"escalate", "bind", "impersonate"} & set(words)
             assert "nonResourceURLs" not in rule
-            if "secrets" in rule["resources"]:
-                assert rule["verbs"] == ["get"]  # one that is named, never all of them
+            if "secrets" in rule["resources"]:  # one that is named, never all of them; only its own is written
+                assert rule["verbs"] == (["get", "update"] if "resourceNames" in rule else ["get"])
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -82,7 +82,8 @@ def test_the_operator_understands_its_settings(name: str, rendered: dict[str, Ob
     assert "{flavour}" in found.worker_image
     container = one(rendered[name], "Deployment")["spec"]["template"]["spec"]["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"metrics": found.metrics_port, "health": found.health_port}
+    hook = {"webhook": found.webhook_port} if found.webhook_port else {}
+    assert ports == {"metrics": found.metrics_port, "health": found.health_port, **hook}
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -90,16 +91,75 @@ def test_selectors_find_the_operator(name: str, rendered: dict[str, Objects]) ->
     objects = rendered[name]
     labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
     assert one(objects, "Deployment")["spec"]["selector"]["matchLabels"].items() <= labels
-    assert one(objects, "Service")["spec"]["selector"].items() <= labels
+    for service in of_kind(objects, "Service"):
+        assert service["spec"]["selector"].items() <= labels
     for kind, path in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
         for item in of_kind(objects, kind):
             assert item["spec"][path]["matchLabels"].items() <= labels
     for monitor in of_kind(objects, "ServiceMonitor"):
-        service = one(objects, "Service")
+        [service] = [item for item in of_kind(objects, "Service") if item["metadata"]["name"].endswith("-metrics")]
         assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {
             port["name"] for port in service["spec"]["ports"]
         }
+
+
+# ---- the webhook -----------------------------------------------------------------------------------------------------
+OWN_WEBHOOK = ("validatingwebhookconfigurations",)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_the_webhook_is_asked_for_changed_services_only_and_never_in_the_way(
+    name: str, rendered: dict[str, Objects]
+) -> None:
+    objects = rendered[name]
+    made = of_kind(objects, "ValidatingWebhookConfiguration")
+    settings = one([o for o in of_kind(objects, "ConfigMap") if "settings.yaml" in o["data"]], "ConfigMap")
+    own = yaml.safe_load(settings["data"]["settings.yaml"])["operator"]
+    if not COMBINATIONS[name].get("webhook", {}).get("enabled", True):
+        assert made == []
+        assert own["webhook_port"] == 0
+        return
+    [hook] = made[0]["webhooks"]
+    assert made[0]["metadata"]["name"] == f"{NAMESPACE}-{own['webhook_name']}"
+    assert (hook["failurePolicy"], hook["sideEffects"]) == ("Ignore", "None")
+    assert hook["timeoutSeconds"] <= 5
+    assert hook["rules"] == [{
+        "apiGroups": ["serving.baton.dev"], "apiVersions": ["v1alpha1"], "operations": ["CREATE", "UPDATE"],
+        "resources": ["inferenceservices"], "scope": "Namespaced",
+    }]  # fmt: skip
+    [service] = [o for o in of_kind(objects, "Service") if o["metadata"]["name"] == own["webhook_name"]]
+    assert hook["clientConfig"]["service"]["name"] == own["webhook_name"]
+    assert service["spec"]["ports"][0]["port"] == hook["clientConfig"]["service"]["port"]
+    container = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert service["spec"]["ports"][0]["targetPort"] in {port["name"] for port in container["ports"]}
+    for policy in of_kind(objects, "NetworkPolicy"):
+        let_in = [port for rule in policy["spec"]["ingress"] for port in rule["ports"]]
+        assert {"port": "webhook", "protocol": "TCP"} in let_in
+    chosen = COMBINATIONS[name].get("watch", {}).get("namespaces")
+    if chosen:
+        assert hook["namespaceSelector"]["matchExpressions"][0]["values"] == chosen
+
+
+def test_an_upgrade_empties_neither_the_secret_nor_the_bundle(rendered: dict[str, Objects]) -> None:
+    """What the operator fills in is not in the chart, so no way of applying it takes it away."""
+    secret = one(rendered["defaults"], "Secret")
+    assert set(secret) == {"apiVersion", "kind", "metadata", "type"}
+    [hook] = one(rendered["defaults"], "ValidatingWebhookConfiguration")["webhooks"]
+    assert set(hook["clientConfig"]) == {"service"}
+
+
+def test_the_operator_may_write_the_secret_and_the_configuration_of_its_own_webhook_alone(
+    rendered: dict[str, Objects]
+) -> None:
+    objects = rendered["defaults"]
+    rules = [rule for kind in ("Role", "ClusterRole") for role in of_kind(objects, kind) for rule in role["rules"]]
+    own = {
+        resource: (rule["resourceNames"], rule["verbs"])
+        for rule in rules if "resourceNames" in rule for resource in rule["resources"]
+    }  # fmt: skip
+    assert own["secrets"] == (["baton-operator-webhook"], ["get", "update"])
+    assert own["validatingwebhookconfigurations"] == ([f"{NAMESPACE}-baton-operator-webhook"], ["get", "patch"])
 
 
 # ---- rights --------------------------------------------------------------------------------------------------------
@@ -132,10 +192,10 @@ def test_what_it_grants_to_pods_it_holds_itself(rendered: dict[str, Objects]) ->
 def test_in_chosen_namespaces_it_has_no_right_elsewhere(rendered: dict[str, Objects]) -> None:
     objects = rendered["namespaced"]
     cluster_wide = rights(one(objects, "ClusterRole"))
-    assert {resource for _, resource, _ in cluster_wide} == {"acceleratorprofiles"}
+    assert {resource for _, resource, _ in cluster_wide} == {"acceleratorprofiles", *OWN_WEBHOOK}
     roles = {role["metadata"]["namespace"]: rights(role) for role in of_kind(objects, "Role")}
     assert set(roles) == {"team-a", "team-b", NAMESPACE}
-    assert {resource for _, resource, _ in roles[NAMESPACE]} == {"leases"}
+    assert {resource for _, resource, _ in roles[NAMESPACE]} == {"leases", "secrets"}
     everywhere = rights(one(rendered["defaults"], "ClusterRole"))
     assert everywhere - roles["team-a"] - cluster_wide == {
         ("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("list", "watch")
@@ -218,6 +278,8 @@ def test_images_come_from_the_chosen_registry(rendered: dict[str, Objects]) -> N
         ({"watch": {"namespaces": ["Team_A"]}}, "/watch/namespaces/0"),
         ({"networkPolicy": {"apiServerPorts": []}}, "/networkPolicy/apiServerPorts"),
         ({"monitoring": {"rules": {"enabled": "yes"}}}, "/monitoring/rules/enabled"),
+        ({"webhook": {"port": 0}}, "/webhook/port"),
+        ({"operator": {"settings": {"webhook_port": 1}}}, "webhook_port"),
         ({"profiles": {"hook": "sometimes"}}, "/profiles/hook"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
     ],

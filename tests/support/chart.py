@@ -35,6 +35,7 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "bare": {
         "crds": {"install": False}, "profiles": {"install": False}, "networkPolicy": {"enabled": False},
+        "webhook": {"enabled": False},
         "rbac": {"create": False}, "serviceAccount": {"create": False, "name": "given"},
     },
     "one replica": {"operator": {"replicas": 1, "podDisruptionBudget": {"enabled": False}}},
@@ -59,7 +60,7 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
             "apiServerCIDRs": ["10.96.0.1/32"], "apiServerPorts": [443],
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
         },
-        "crds": {"keep": False}, "profiles": {"keep": False, "hook": False},
+        "crds": {"keep": False}, "profiles": {"keep": False, "hook": False}, "webhook": {"port": 10250},
     },
     "long names": {"fullnameOverride": "a" * 45, "profiles": {"hook": True}},
 }  # fmt: skip

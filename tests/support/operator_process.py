@@ -13,14 +13,15 @@ from pathlib import Path
 
 
 class Operator:
-    """One replica. `images`: (router, worker)."""
+    """One replica. `images`: (router, worker). `program`: what Python runs."""
 
     def __init__(
-        self, kubeconfig: Path, log: Path, port: int, *, images: tuple[str, str], options: Sequence[str] = ()
-    ) -> None:
+        self, kubeconfig: Path, log: Path, port: int, *, images: tuple[str, str], options: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "baton_operator.main"),
+    ) -> None:  # fmt: skip
         self.metrics_port, self.health_port, self.log = port, port + 1, log
         command = [
-            sys.executable, "-m", "baton_operator.main", "--kubeconfig", str(kubeconfig),
+            sys.executable, *program, "--kubeconfig", str(kubeconfig),
             "--metrics-port", str(self.metrics_port), "--health-port", str(self.health_port),
             "--router-image", images[0], "--worker-image", images[1], *options,
         ]  # fmt: skip

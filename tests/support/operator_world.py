@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from baton_common.clock import ManualClock
-from baton_common.kube.client import APPLY, KubeClient
+from baton_common.kube.client import APPLY, STRATEGIC, KubeClient
 from baton_common.kube.credentials import Credentials
 from baton_common.kube.errors import Conflict, KubeError, NotFound
 from baton_common.kube.kinds import POD, Kind
@@ -148,7 +148,7 @@ class FakeServer:
             new = copy.deepcopy(body)
             new["metadata"]["uid"] = old["metadata"]["uid"]
         else:
-            new = _overlay(copy.deepcopy(old), body)
+            new = _overlay(copy.deepcopy(old), body, by_name=content == STRATEGIC)
         new["metadata"].pop("resourceVersion", None)
         if wanted.get("finalizers") == []:
             new["metadata"]["finalizers"] = []
@@ -263,12 +263,15 @@ def _without_version(item: Tree) -> Tree:
     return {**item, "metadata": metadata}
 
 
-def _overlay(base: Any, patch: Any) -> Any:
+def _overlay(base: Any, patch: Any, *, by_name: bool = False) -> Any:
+    if by_name and isinstance(base, list) and isinstance(patch, list):
+        changes = {item["name"]: item for item in patch}
+        return [_overlay(item, changes.get(item["name"], {}), by_name=True) for item in base]
     if not isinstance(base, dict) or not isinstance(patch, dict):
         return copy.deepcopy(patch)
     result = dict(base)
     for key, value in patch.items():
-        result[key] = _overlay(result.get(key), value)
+        result[key] = _overlay(result.get(key), value, by_name=by_name)
     return result
 
 
