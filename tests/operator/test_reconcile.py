@@ -234,21 +234,22 @@ async def test_deletion_removes_the_children_first_and_then_the_finaliser() -> N
     assert path not in world.server.store
 
 
-async def test_the_replicas_of_an_autoscaler_are_left_alone_within_bounds() -> None:
+@pytest.mark.parametrize("role", ["prefill", "decode", "colocated"])
+async def test_the_replicas_of_an_autoscaler_are_left_alone_within_bounds(role: str) -> None:
     world = World()
-    world.server.put(INFERENCE_SERVICE, service_object(decode={"minReplicas": 2, "maxReplicas": 5}))
+    world.server.put(INFERENCE_SERVICE, service_object(**{role: {"minReplicas": 2, "maxReplicas": 5}}))
     await world.settle()
-    assert world.deployment("decode")["spec"]["replicas"] == 2
-    world.deployment("decode")["spec"]["replicas"] = 4
+    assert world.deployment(role)["spec"]["replicas"] == 2
+    world.deployment(role)["spec"]["replicas"] = 4
     before = len(world.server.writes)
     operator = world.operator()
     for _ in range(10):
         await operator.reconcile("ns", "chat")
-    assert world.deployment("decode")["spec"]["replicas"] == 4
+    assert world.deployment(role)["spec"]["replicas"] == 4
     assert [call for call in world.server.writes[before:] if "deployments" in call[1]] == []
-    world.deployment("decode")["spec"]["replicas"] = 9
+    world.deployment(role)["spec"]["replicas"] = 9
     await world.settle()
-    assert world.deployment("decode")["spec"]["replicas"] == 5
+    assert world.deployment(role)["spec"]["replicas"] == 5
 
 
 async def test_monitors_appear_only_where_their_kind_is_served() -> None:
