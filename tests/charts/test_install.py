@@ -175,7 +175,7 @@ def test_install_makes_ready_pods_in_a_restricted_namespace(world: World) -> Non
 def test_apply_is_answered_by_the_webhook_of_the_release(world: World) -> None:
     def apply(**spec: Any) -> str:
         """A dry run, through the Service to any of the replicas."""
-        item = json.loads(service("asked", "team-a"))
+        item = yaml.safe_load(service("asked", "team-a"))
         item["spec"].update(spec)
         words = ("apply", "--dry-run=server", "-f", "-")
         return world.cluster.kubectl(*words, stdin=json.dumps(item), check=False)
