@@ -58,8 +58,7 @@ def test_worker_pods_are_ready_only_with_their_gates(world: World, history: PodH
     for role in ("prefill", "decode"):
         for pod in world.pods(role):
             gates = {gate["conditionType"] for gate in pod["spec"]["readinessGates"]}
-            assert "serving.baton.dev/router-registered" in gates
-            assert ("serving.baton.dev/kv-transport" in gates) == (role == "prefill")
+            assert gates == {"serving.baton.dev/router-registered", "serving.baton.dev/kv-transport"}
     transport = next(
         item for item in world.pods("prefill")[0]["status"]["conditions"] if item["type"].endswith("kv-transport")
     )

@@ -105,7 +105,7 @@ def advance(
         ring = replace(ring, authorities=alive)
     # an expired certificate is of no use to anyone: then an authority that few know yet is better
     may_sign = trusted or _expired(ring.serving, now)
-    if (_due(ring.serving, now) and may_sign) or not _speaks_for(ring.serving, names):
+    if _due(ring.serving, now) and may_sign:
         serving, serving_key = _new_serving(names, now, times, ring.authorities[0], ring.authority_key)
         ring = replace(ring, serving=serving, serving_key=serving_key)
     return ring
@@ -131,26 +131,12 @@ def _due(certificate: x509.Certificate, now: datetime.datetime) -> bool:
     return now >= made + (ends - made) * 2 / 3
 
 
-def _speaks_for(certificate: x509.Certificate, names: Sequence[str]) -> bool:
-    try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return False
-    return set(found.value.get_values_for_type(x509.DNSName)) == set(names)
-
-
 def _new_authority(
     name: str, now: datetime.datetime, times: Lifetimes
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _subject(f"{name[:40]} {now:%Y%m%d%H%M%S}")  # a common name has at most 64 characters
-    made = (
-        _builder(subject, subject, key, now, now + times.authority)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(key_cert_sign=True), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    return made, key
+    return _certificate(subject, key, (subject, key), now, now + times.authority, names=()), key
 
 
 def _new_serving(
@@ -159,41 +145,37 @@ def _new_serving(
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:  # fmt: skip
     key = ec.generate_private_key(ec.SECP256R1())
     ends = min(now + times.serving, authority.not_valid_after_utc)
-    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
-    made = (
-        _builder(_subject(names[0][:64]), authority.subject, key, now, ends)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
-        .add_extension(signer, critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    return made, key
+    signer = (authority.subject, authority_key)
+    return _certificate(_subject(names[0][:64]), key, signer, now, ends, names=names), key
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime.datetime,
-    ends: datetime.datetime,
-) -> x509.CertificateBuilder:  # fmt: skip
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
+def _certificate(
+    subject: x509.Name, key: ec.EllipticCurvePrivateKey, signer: tuple[x509.Name, ec.EllipticCurvePrivateKey],
+    now: datetime.datetime, ends: datetime.datetime, *, names: Sequence[str],
+) -> x509.Certificate:  # fmt: skip
+    """Of a server with `names`; without any, of an authority."""
+    issuer, issuer_key = signer
+    authority = not names
+    usage = x509.KeyUsage(
+        digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, content_commitment=False,
+        key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    builder = (
+        x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now.replace(microsecond=0) - _BACKDATE)
         .not_valid_after(ends.replace(microsecond=0))
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=0 if authority else None), critical=True)
+        .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
-
-
-def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=digital_signature, key_cert_sign=key_cert_sign, crl_sign=key_cert_sign,
-        content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
-        encipher_only=False, decipher_only=False,
-    )  # fmt: skip
+    if names:
+        alternatives = x509.SubjectAlternativeName([x509.DNSName(name) for name in names])
+        builder = builder.add_extension(alternatives, critical=False).add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+        )
+    return builder.sign(issuer_key, hashes.SHA256())
 
 
 def _subject(name: str) -> x509.Name:

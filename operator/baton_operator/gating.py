@@ -1,8 +1,8 @@
 """Where a role's pods stand on their way from started to Ready, what they wait for, and where to look next. Pure.
 
-A worker runs (model loaded), is registered by a router, and, if it prefills, has its transport proved; then the kubelet
-makes it Ready. A router runs and is Ready once it has workers that fit. So the two wait for each other, and what is
-said here must name the side that is behind.
+A worker runs (model loaded), is registered by a router, and, unless it is colocated, has its transport proved with one
+of the other role; then the kubelet makes it Ready. A router runs and is Ready once it has workers that fit. So the two
+wait for each other, and what is said here must name the side that is behind.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def waiting(group: Group, *, routers: Group, logs: str) -> Finding:
             why = detail(behind, REGISTERED_GATE) or "the router gives no reason"
             return _not_yet("RegistrationFailed", f"{run}; pod {pod}: {why}; see `{logs}`")
         return _not_yet("NotRegistered", f"{run}; if pod {pod} stays so, see `{logs}`")
-    proved = sum(told(pod, TRANSPORT_GATE) == "True" for pod in group.pods)
-    if group.component is Component.PREFILL and proved < asked:
+    proved = sum(TRANSPORT_GATE not in _gates(pod) or told(pod, TRANSPORT_GATE) == "True" for pod in group.pods)
+    if proved < asked:
         return _not_yet(
             "TransportNotProved",
             f"{asked} of {asked} {name} pods are registered, {_verb(proved, 'has', 'have')} proved the transport of "
@@ -100,7 +100,8 @@ def transport(prefill: Group, decode: Group) -> Finding:
     if prefill.asked == 0:
         return Finding(status="True", reason="NotUsed", message="no prefill workers are asked for, so no KV travels")
     probed = [pod for pod in prefill.pods if told(pod, TRANSPORT_GATE)]
-    if failed := [pod for pod in probed if told(pod, TRANSPORT_GATE) != "True"]:
+    failed = [pod for pod in (*probed, *decode.pods) if told(pod, TRANSPORT_GATE) not in ("True", "")]
+    if failed:
         name, why = text(failed[0], "metadata", "name"), detail(failed[0], TRANSPORT_GATE)
         return _not_yet(
             "ProbeFailed",

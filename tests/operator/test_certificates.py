@@ -104,12 +104,6 @@ def test_what_is_written_is_what_is_read() -> None:
     assert (again.bundle, again.chain, again.newest) == (ring.bundle, ring.chain, ring.newest)
 
 
-def test_a_ring_of_another_name_gets_a_certificate_of_its_own() -> None:
-    other = advance(first(), now=START, names=("other.ns.svc",), trusted=False, times=TIMES)
-    assert other.serving != first().serving
-    assert advance(other, now=START, names=("other.ns.svc",), trusted=False, times=TIMES) is other
-
-
 def test_lifetimes_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 90 days"):
         Lifetimes(serving=91 * DAY)

@@ -19,7 +19,7 @@ from baton_operator.plan.intake import blueprint
 from baton_operator.plan.labels import REVISION_LABEL, Component
 from baton_operator.status import Seen, as_written, observed
 
-GATES = {Component.PREFILL: [REGISTERED_GATE, TRANSPORT_GATE], Component.DECODE: [REGISTERED_GATE]}
+GATES = {Component.PREFILL: [REGISTERED_GATE, TRANSPORT_GATE], Component.DECODE: [REGISTERED_GATE, TRANSPORT_GATE]}
 ROLES = (Component.PREFILL, Component.DECODE, Component.ROUTER)
 
 
@@ -136,10 +136,16 @@ def probe_failed(service: Service) -> None:
     pod.gates[TRANSPORT_GATE], pod.message = "False", "no route to 10.0.0.9:9100"
 
 
+def decode_alone(service: Service) -> None:
+    everything(service)
+    pod = service.pods[Component.DECODE][1]
+    pod.gates[TRANSPORT_GATE], pod.message = "False", "no prefill worker fits"
+
+
 def everything(service: Service) -> None:
     all_registered(service)
-    for pod in service.pods[Component.PREFILL]:
-        pod.gates[TRANSPORT_GATE], pod.message = "True", "tcp, 2.1 GB/s to 2 decode workers"
+    for pod in service.all(Component.PREFILL, Component.DECODE):
+        pod.gates[TRANSPORT_GATE], pod.message = "True", "tcp, 2.1 GB/s"
 
 
 @pytest.mark.parametrize(
@@ -161,11 +167,14 @@ def everything(service: Service) -> None:
          ["1 is registered", "pod chat-prefill-1", "page_tokens 64 here, 32 there"]),
         (all_registered, "PrefillReady", "False", "TransportNotProved",
          ["3 of 3 prefill pods are registered, 0 have proved", "see TransportReady"]),
-        (all_registered, "DecodeReady", "True", "PodsReady", []),
+        (all_registered, "DecodeReady", "False", "TransportNotProved", ["2 of 2 decode pods are registered, 0 have"]),
         (all_registered, "RouterReady", "True", "PodsReady", []),
         (all_registered, "TransportReady", "Unknown", "NotProbed", ["no router has probed"]),
         (probe_failed, "TransportReady", "False", "ProbeFailed",
          ["chat-prefill-2", "no route to 10.0.0.9:9100", "network policies"]),
+        (decode_alone, "TransportReady", "False", "ProbeFailed", ["chat-decode-1", "no prefill worker fits"]),
+        (decode_alone, "DecodeReady", "False", "TransportNotProved", ["1 has proved"]),
+        (everything, "DecodeReady", "True", "PodsReady", []),
         (everything, "TransportReady", "True", "Probed", ["3 prefill workers", "2.1 GB/s"]),
     ],
 )  # fmt: skip
@@ -186,7 +195,7 @@ def test_a_role_counts_what_runs_what_is_registered_and_what_is_ready() -> None:
     all_registered(service)
     roles = service.look()["roles"]
     assert (roles["prefill"]["updated"], roles["prefill"]["routable"], roles["prefill"]["ready"]) == (3, 3, 0)
-    assert (roles["decode"]["updated"], roles["decode"]["routable"], roles["decode"]["ready"]) == (2, 2, 2)
+    assert (roles["decode"]["updated"], roles["decode"]["routable"], roles["decode"]["ready"]) == (2, 2, 0)
 
 
 def test_a_gate_that_is_taken_back_ends_readiness_before_the_kubelet_has_noticed() -> None:
@@ -216,7 +225,7 @@ def happen(service: Service, event: str, which: int) -> None:
             pod.runs, pod.gates = False, {}
         case "register" | "lose" if router_is_up and pod.runs and pod.role in GATES:
             pod.gates[REGISTERED_GATE] = str(event == "register")
-        case "prove" | "fail" if pod.gates.get(REGISTERED_GATE) == "True" and pod.role is Component.PREFILL:
+        case "prove" | "fail" if pod.gates.get(REGISTERED_GATE) == "True" and pod.role in GATES:
             pod.gates[TRANSPORT_GATE] = str(event == "prove")
 
 

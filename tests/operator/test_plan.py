@@ -341,7 +341,7 @@ def gates(wanted: Desired, role: str) -> list[str]:
 def test_a_worker_is_ready_only_when_a_router_has_said_so() -> None:
     registered, transport = "serving.baton.dev/router-registered", "serving.baton.dev/kv-transport"
     assert gates(planned(), "prefill") == [registered, transport]
-    assert gates(planned(), "decode") == [registered]
+    assert gates(planned(), "decode") == [registered, transport]
     assert gates(planned(colocated={"replicas": 1}), "colocated") == [registered]
     assert gates(planned(), "router") == []
 

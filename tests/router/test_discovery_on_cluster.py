@@ -169,13 +169,12 @@ async def test_workers_are_found_registered_and_proved_and_a_restart_writes_noth
     place.allow(RULES)
     prefill, _ = await add(place, house, wire.ROLE_PREFILL)
     decode, _ = await add(place, house, wire.ROLE_DECODE)
-    gates = [(prefill, REGISTERED_GATE), (decode, REGISTERED_GATE), (prefill, TRANSPORT_GATE)]
+    gates = [(worker, gate) for worker in (prefill, decode) for gate in (REGISTERED_GATE, TRANSPORT_GATE)]
     async with routing(place, checkpoint) as router:
         await eventually(lambda: router.fleet.readiness().ready, "a pair", WAIT_S)
         for worker, gate in gates:
             await place.says(worker.worker_id, gate, "True")
         assert decode.worker_id in place.condition(prefill.worker_id, TRANSPORT_GATE)["message"]
-        assert place.condition(decode.worker_id, TRANSPORT_GATE) == {}
         assert "baton_router_endpoints 2.0" in router.metrics.text().decode()
     before = [place.pod(worker.worker_id)["metadata"]["resourceVersion"] for worker in (prefill, decode)]
     async with routing(place, checkpoint) as again:

@@ -43,6 +43,10 @@ class Pods:
     def status(self, pod: str, gate: str = REGISTERED_GATE) -> str:
         return self.conditions.get(pod, {}).get(gate, {}).get("status", "")
 
+    def said(self, gate: str = REGISTERED_GATE) -> list[tuple[str, str, str]]:
+        """(pod, status, reason) of what was written about a gate."""
+        return [(pod, status, reason) for pod, written, status, reason in self.writes if written == gate]
+
     def reason(self, pod: str, gate: str = TRANSPORT_GATE) -> str:
         return self.conditions.get(pod, {}).get(gate, {}).get("reason", "")
 
@@ -123,7 +127,7 @@ async def test_a_registered_worker_is_told_once_and_then_only_read(house: House)
     async with seated(pods, {worker.address: "d"}):
         await eventually(lambda: pods.status("d") == "True", "registered")
         await passes(pods)
-    assert pods.writes == [("d", REGISTERED_GATE, "True", "Registered")]
+    assert pods.said() == [("d", "True", "Registered")]
     assert pods.conditions["d"][REGISTERED_GATE]["lastTransitionTime"] == "2026-01-01T00:00:00Z"
 
 
@@ -154,7 +158,7 @@ async def test_a_lost_worker_is_told_once_and_again_true_when_it_is_back(house: 
         await eventually(lambda: pods.status("d") == "False", "lost")
         assert pods.reason("d", REGISTERED_GATE) == "Lost"
         await asyncio.sleep(3 * QUICK.resync_s)
-        assert len(pods.writes) == 2
+        assert len(pods.said()) == 2
         await worker.start()
         await eventually(lambda: pods.status("d") == "True", "registered again")
         assert seat.fleet.readiness().reasons
@@ -170,7 +174,7 @@ async def test_a_short_interruption_is_not_told(house: House) -> None:
         await eventually(lambda: not seat.fleet.registered(), "the stream broke")
         await eventually(lambda: bool(seat.fleet.registered()), "and is back")
         await passes(pods)
-    assert len(pods.writes) == 1
+    assert len(pods.said()) == 1
 
 
 async def test_two_routers_that_disagree_do_not_write_in_turn(house: House) -> None:
@@ -184,7 +188,7 @@ async def test_two_routers_that_disagree_do_not_write_in_turn(house: House) -> N
             await eventually(lambda: contradiction in pods.writes, "the other contradicts")
             await eventually(lambda: pods.status("d") == "True", "the first insists")
             await passes(pods, 6)
-    assert [status for _, _, status, _ in pods.writes] == ["True", "False", "True"]
+    assert [status for _, status, _ in pods.said()] == ["True", "False", "True"]
 
 
 async def test_a_pod_that_was_never_met_says_nothing_it_did_not_say(house: House) -> None:
@@ -230,7 +234,50 @@ async def test_without_a_decode_worker_prefill_says_so_and_is_proved_when_one_co
         seat.fleet.assign({prefill.address: "p", decode.address: "d"})
         await eventually(lambda: pods.status("p", TRANSPORT_GATE) == "True", "proved")
     assert pods.conditions["p"][TRANSPORT_GATE]["message"] == "KV crossed to d"
-    assert TRANSPORT_GATE not in pods.conditions["d"]
+    assert pods.conditions["d"][TRANSPORT_GATE]["message"] == "KV crossed to d"
+
+
+async def test_a_decode_worker_waits_for_a_prefill_worker_that_fits(house: House) -> None:
+    """Of a new revision: its pod does not become Ready, so the old pair stays."""
+    prefill, decode = await house.pair()
+    later = await house.add(wire.ROLE_DECODE, worker_id="later", model_digest="new")
+    assignment = {worker.address: worker.worker_id for worker in (prefill, decode, later)}
+    pods = Pods({**{pod: {} for pod in assignment.values()}, "fits": {}})
+    async with seated(pods, assignment) as seat:
+        await eventually(lambda: pods.status(decode.worker_id, TRANSPORT_GATE) == "True", "the old pair")
+        await eventually(lambda: pods.reason("later") == "NoPrefillWorker", "nobody fits")
+        assert "model_digest differs" in pods.conditions["later"][TRANSPORT_GATE]["message"]
+        fits = await house.add(wire.ROLE_PREFILL, worker_id="fits", model_digest="new")
+        seat.fleet.assign({**assignment, fits.address: "fits"})
+        await eventually(lambda: pods.status("later", TRANSPORT_GATE) == "True", "the new pair")
+    assert pods.status("fits", TRANSPORT_GATE) == "True"
+
+
+async def test_without_any_prefill_worker_decode_has_nothing_to_prove(house: House) -> None:
+    """The pool is scaled to nothing. As long as somebody listed has not said what he is, it may be a prefill worker."""
+    decode = await house.add(wire.ROLE_DECODE, worker_id="d")
+    pods = Pods({"d": {}, "starting": {}})
+    async with seated(pods, {decode.address: "d", "127.0.0.1:1": "starting"}) as seat:
+        await eventually(lambda: pods.reason("d") == "NoPrefillWorker", "somebody may come")
+        seat.fleet.assign({decode.address: "d"})
+        await eventually(lambda: pods.status("d", TRANSPORT_GATE) == "True", "nobody is listed")
+    assert pods.reason("d") == "NotUsed"
+
+
+async def test_two_that_want_the_same_proof_ask_for_it_once(house: House) -> None:
+    prefill, decode = await house.pair()
+    asked: list[str] = []
+
+    async def probe(prefill: Link, decode: Link) -> ProbeResult:
+        asked.append(prefill.pod)
+        await asyncio.sleep(0.05)
+        return await proved(prefill, decode)
+
+    pods = Pods({prefill.worker_id: {}, decode.worker_id: {}})
+    async with seated(pods, {worker.address: worker.worker_id for worker in (prefill, decode)}, probe=probe):
+        for worker in (prefill, decode):
+            await eventually(lambda name=worker.worker_id: pods.status(name, TRANSPORT_GATE) == "True", "proved")  # type: ignore[misc]
+    assert asked == [prefill.worker_id]
 
 
 async def test_a_decode_worker_that_does_not_fit_is_not_probed_and_the_field_is_named(house: House) -> None:

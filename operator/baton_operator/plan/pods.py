@@ -102,8 +102,9 @@ def _spec(plan: Blueprint, pool: Pool) -> dict[str, Json]:
 
 def _gates(pool: Pool) -> list[Json]:
     """What a router has to say of a worker before its pod is Ready."""
-    kinds = {Component.ROUTER: (), Component.PREFILL: (REGISTERED_GATE, TRANSPORT_GATE)}
-    return [{"conditionType": kind} for kind in kinds.get(pool.component, (REGISTERED_GATE,))]
+    both = (REGISTERED_GATE, TRANSPORT_GATE)
+    kinds = {Component.PREFILL: both, Component.DECODE: both, Component.COLOCATED: (REGISTERED_GATE,)}
+    return [{"conditionType": kind} for kind in kinds.get(pool.component, ())]
 
 
 def _main(plan: Blueprint, pool: Pool) -> Object:
