@@ -76,7 +76,7 @@ class Grant:
     direction: str
     peer: Mapping[str, Any] | None
     protocol: str
-    port: int | None
+    port: int | str | None  # a name is one of the target's ports
 
     def __str__(self) -> str:
         return f"{self.policy} {self.direction} {self.peer or 'anyone'} {self.protocol}/{self.port}"
@@ -122,7 +122,11 @@ class Judge:
     def allows(self, grant: Grant, pod: Seen, other: str, met: Met) -> bool:
         if pod.namespace != grant.namespace or not _matches(grant.selector, pod.labels):
             return False
-        if grant.protocol != met.protocol or grant.port not in (None, met.port):
+        target = self.history.by_address.get(met.target)
+        port = grant.port
+        if isinstance(port, str):
+            port = target.ports.get(port, -1) if target else -1
+        if grant.protocol != met.protocol or port not in (None, met.port):
             return False
         return grant.peer is None or self._is_peer(grant.peer, grant.namespace, other)
 

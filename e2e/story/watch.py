@@ -28,6 +28,7 @@ class Seen:
     name: str
     namespace: str
     labels: Mapping[str, str]
+    ports: Mapping[str, int] = field(default_factory=dict)  # by name
 
     @property
     def role(self) -> str:
@@ -80,7 +81,11 @@ class PodHistory:
         self.pods[metadata["uid"]] = pod
         name, labels = metadata["name"], metadata.get("labels", {})
         if address := status.get("podIP"):
-            self.by_address[address] = Seen(name=name, namespace=metadata["namespace"], labels=labels)
+            ports = {
+                port.get("name", ""): port["containerPort"]
+                for container in pod["spec"]["containers"] for port in container.get("ports", ())
+            }  # fmt: skip
+            self.by_address[address] = Seen(name=name, namespace=metadata["namespace"], labels=labels, ports=ports)
         for container in status.get("containerStatuses", ()):
             self.restarts[name] = max(self.restarts.get(name, 0), container["restartCount"])
         found = conditions(pod)
