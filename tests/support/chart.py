@@ -60,7 +60,7 @@ COMBINATIONS: Mapping[str, Mapping[str, Any]] = {
             "apiServerCIDRs": ["10.96.0.1/32"], "apiServerPorts": [443],
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
         },
-        "crds": {"keep": False}, "profiles": {"keep": False, "hook": False}, "webhook": {"port": 10250},
+        "crds": {"keep": False}, "profiles": {"keep": False, "hook": False},
     },
     "long names": {"fullnameOverride": "a" * 45, "profiles": {"hook": True}},
 }  # fmt: skip
