@@ -1,7 +1,7 @@
 """Where the API server is and who we are: a kubeconfig file, or the files that Kubernetes mounts into a pod.
 
 Tokens of a pod rotate, so they are read from their file again every minute by whoever asks for `token()`. Understands
-of a kubeconfig what a cluster hands out for machines: certificates, tokens, token files; no exec plug-ins.
+of a kubeconfig certificates, tokens, token files and programs that print a token (`plugin.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 from baton_common.clock import Clock
 from baton_common.errors import ConfigError
 from baton_common.kube.objects import Object, is_true, mapping, objects, text
+from baton_common.kube.plugin import LoginProgram, login_program
 
 POD_FILES = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_FRESH_S = 60.0
@@ -35,10 +36,13 @@ class Credentials:
     key_pem: str = field(default="", repr=False)
     fixed_token: str = field(default="", repr=False)
     token_file: Path | None = None
+    login: LoginProgram | None = None
     insecure: bool = False
 
     def read_token(self) -> str:
-        """Bearer token, "" without one. Reads the file each time."""
+        """Bearer token, "" without one. Reads the file, or runs the program, each time."""
+        if self.login is not None:
+            return self.login.token()
         if self.token_file is None:
             return self.fixed_token
         try:
@@ -110,8 +114,9 @@ def from_kubeconfig(file: Path) -> Credentials:
     context = _named(document, "contexts", text(document, "current-context"), "context", file)
     cluster = _named(document, "clusters", text(context, "cluster"), "cluster", file)
     user = _named(document, "users", text(context, "user"), "user", file)
-    if mapping(user, "exec") or mapping(user, "auth-provider"):
-        raise ConfigError(f"{file}: its user logs in by a plug-in; use a token or certificate", param="kubeconfig")
+    if mapping(user, "auth-provider"):
+        raise ConfigError(f"{file}: its user logs in by an auth-provider, which is gone; use exec", param="kubeconfig")
+    program = mapping(user, "exec")
     token_file = text(user, "tokenFile")
     return Credentials(
         server=text(cluster, "server").rstrip("/"),
@@ -121,6 +126,7 @@ def from_kubeconfig(file: Path) -> Credentials:
         key_pem=_pem(user, "client-key", file),
         fixed_token=text(user, "token"),
         token_file=file.parent / token_file if token_file else None,
+        login=login_program(program, cluster) if program else None,
         insecure=is_true(cluster, "insecure-skip-tls-verify"),
     )
 
