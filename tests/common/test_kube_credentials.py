@@ -92,7 +92,10 @@ def test_a_program_that_is_not_there_is_named_with_its_hint(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("user", "said"),
-    [({"auth-provider": {"name": "gcp"}}, "auth-provider"), ({"client-key": "nowhere.pem"}, "client-key cannot be read")],
+    [
+        ({"auth-provider": {"name": "gcp"}}, "auth-provider"),
+        ({"client-key": "nowhere.pem"}, "client-key cannot be read"),
+    ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, user: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
