@@ -45,6 +45,7 @@ class PodHistory:
     restarts: dict[str, int] = field(default_factory=dict)
     early: list[str] = field(default_factory=list)  # became Ready without its gates
     gated: set[str] = field(default_factory=set)    # became Ready with all of them
+    _were_ready: set[str] = field(default_factory=set)
     _process: subprocess.Popen[str] | None = None
     _ended: bool = False
 
@@ -77,7 +78,6 @@ class PodHistory:
         if event == "DELETED":
             self.pods.pop(metadata["uid"], None)
             return
-        was_ready = conditions(self.pods.get(metadata["uid"], {})).get("Ready") == "True"
         self.pods[metadata["uid"]] = pod
         name, labels = metadata["name"], metadata.get("labels", {})
         if address := status.get("podIP"):
@@ -89,8 +89,13 @@ class PodHistory:
         for container in status.get("containerStatuses", ()):
             self.restarts[name] = max(self.restarts.get(name, 0), container["restartCount"])
         found = conditions(pod)
-        if labels.get("serving.baton.dev/role") not in WORKERS or found.get("Ready") != "True" or was_ready:
-            return  # a gate that closes again comes first, and the kubelet follows
+        if labels.get("serving.baton.dev/role") not in WORKERS or found.get("Ready") != "True":
+            return
+        # Only the first time: a gate that closes later comes before the kubelet's answer to it, and when a container
+        # that has restarted is ready, the kubelet computes Ready from the gates it last synced, and then corrects it.
+        if metadata["uid"] in self._were_ready:
+            return
+        self._were_ready.add(metadata["uid"])
         gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", ())]
         open_gates = [gate for gate in gates if found.get(gate) == "True"]
         if gates and open_gates == gates:
