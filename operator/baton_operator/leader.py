@@ -28,6 +28,8 @@ from baton_operator.kinds import LEASE
 
 log = logging.getLogger("baton.operator.leader")
 
+_DELETED = "deleted"  # no spec looks like this
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTimes:
@@ -118,7 +120,7 @@ class LeaderElection:
         lease = await self._client.get(LEASE, self._namespace, self._name)
         now_s = self._clock.now()
         if lease is None:
-            await self._write(None)
+            await self._look_at_none(now_s)
             return
         spec = canonical(mapping(lease, "spec"))
         if spec != self._seen:
@@ -131,6 +133,13 @@ class LeaderElection:
         elif self._renewed_s is not None:
             log.warning("the lease %s is held by %s now", self._name, holder)
             self._renewed_s = None
+
+    async def _look_at_none(self, now_s: float) -> None:
+        """A first one is made at once. One that was deleted may still be led by, or go together with its release."""
+        if self._seen and self._seen != _DELETED:
+            self._seen, self._seen_s = _DELETED, now_s
+        if not self._seen or now_s - self._seen_s >= self._times.lease_s:
+            await self._write(None)
 
     async def _write(self, lease: Object | None) -> None:
         sent_s = self._clock.now()
@@ -156,14 +165,9 @@ class LeaderElection:
             "acquireTime": text(former, "acquireTime") if keeps and text(former, "acquireTime") else now,
             "leaseTransitions": changes if keeps or not holder else changes + (old is not None),
         }
-        metadata = {"name": self._name, "namespace": self._namespace}
-        version = text(old, "metadata", "resourceVersion")
-        return {
-            "apiVersion": LEASE.api_version,
-            "kind": LEASE.kind,
-            "metadata": {**metadata, "resourceVersion": version} if version else metadata,
-            "spec": spec,
-        }
+        # as it was, labels and all: the Lease may be part of a release
+        metadata = mapping(old, "metadata") or {"name": self._name, "namespace": self._namespace}
+        return {"apiVersion": LEASE.api_version, "kind": LEASE.kind, "metadata": metadata, "spec": spec}
 
 
 def _nothing(leads: bool) -> None:

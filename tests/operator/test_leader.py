@@ -76,6 +76,21 @@ async def test_a_leader_that_stops_in_order_is_replaced_at_once() -> None:
     assert second.leads
 
 
+async def test_a_lease_that_is_deleted_is_made_again_only_when_nobody_can_lead_by_it() -> None:
+    """Nor at all when its release goes: by then the replicas have ended."""
+    clock, server = ManualClock(), FakeServer()
+    first, second = Replica("a", server, clock), Replica("b", server, clock)
+    await seconds(clock, 4, first, second)
+    server.delete(LEASE.path("ns", "lease"))
+    while first.leads:
+        assert server.get(LEASE, "lease") is None
+        await seconds(clock, 2, first, second)
+    assert not second.leads
+    assert server.get(LEASE, "lease") is None
+    await seconds(clock, 16, first, second)
+    assert first.leads != second.leads
+
+
 async def test_a_leader_cut_off_from_the_api_stops_before_anyone_else_may_start() -> None:
     clock, server = ManualClock(), FakeServer()
     first, second = Replica("a", server, clock), Replica("b", server, clock)
