@@ -31,7 +31,7 @@ def assert_empties(world: World, namespace: str) -> None:
         return not left
 
     try:
-        world.wait("an empty namespace", empty, timeout_s=90)
+        world.wait("an empty namespace", empty, timeout_s=240)
     except AssertionError:
         assert left == set()
 

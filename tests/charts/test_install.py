@@ -23,7 +23,7 @@ from support.chart import CHART, COMBINATIONS, NAMESPACE, RELEASE, render, tool
 
 REASON = cluster.why_no_node() or ("" if shutil.which("mmdebstrap") else "the images' base needs mmdebstrap")
 pytestmark = [
-    pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.skipif(bool(REASON), reason=REASON),
+    pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(bool(REASON), reason=REASON),
 ]  # fmt: skip
 
 INDEX = 3  # other cluster tests may run beside these
@@ -47,14 +47,14 @@ class World:
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         done = subprocess.run(
             command, input=json.dumps(values or {}), env={**environment, "KUBECONFIG": str(self.cluster.kubeconfig)},
-            capture_output=True, text=True, check=False, timeout=240,
+            capture_output=True, text=True, check=False, timeout=360,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}\n{self.report()}"
         return done.stdout
 
     def release(self, verb: str, chart: Path = CHART, **values: Any) -> str:
         """`helm install` or `upgrade` of the release, waiting until its pods are Ready."""
-        flags = ("--namespace", NAMESPACE, "--wait", "--timeout", "150s")
+        flags = ("--namespace", NAMESPACE, "--wait", "--timeout", "300s")
         return self.helm(verb, RELEASE, str(chart), *flags, values={"image": {"tag": self.tag}, **values})
 
     def get(self, *arguments: str) -> Any:
@@ -167,7 +167,7 @@ def test_install_makes_ready_pods_in_a_restricted_namespace(world: World) -> Non
     for pod in pods:
         assert {item["type"]: item["status"] for item in pod["status"]["conditions"]}["Ready"] == "True"
         assert all(status["restartCount"] == 0 for status in pod["status"]["containerStatuses"])
-    world.cluster.wait_until("a leader", world.leader, timeout_s=20)
+    world.cluster.wait_until("a leader", world.leader, timeout_s=60)
     assert {"inferenceservices.serving.baton.dev", "acceleratorprofiles.serving.baton.dev"} <= world.names("crd")
     assert {"cpu", "h200", "gb200", "mi355x"} <= world.names("acceleratorprofiles")
 
@@ -181,7 +181,7 @@ def test_apply_is_answered_by_the_webhook_of_the_release(world: World) -> None:
         return world.cluster.kubectl(*words, stdin=json.dumps(item), check=False)
 
     refused = "denied the request: NotSupported: the nixl wire"
-    world.cluster.wait_until("a refusal", lambda: refused in apply(transport={"wire": "nixl"}), timeout_s=60)
+    world.cluster.wait_until("a refusal", lambda: refused in apply(transport={"wire": "nixl"}), timeout_s=180)
     assert "Warning: there is no AcceleratorProfile h100; create it" in apply(profile="h100")
     assert "Warning" not in apply()
     data, bundle = world.webhook()
@@ -205,8 +205,8 @@ def test_the_operator_has_the_rights_that_it_needs(world: World) -> None:
     """A service is planned and all its objects are made, its Role among them; nothing was ever forbidden."""
     world.cluster.kubectl("apply", "-f", "-", stdin=service("first", "team-a"))
     wanted = {"first-prefill", "first-decode", "first-router"}
-    world.cluster.wait_until("Deployments", lambda: wanted <= world.names("deployments", "-n", "team-a"), timeout_s=30)
-    world.cluster.wait_until("a Role", lambda: world.names("roles", "-n", "team-a"), timeout_s=10)
+    world.cluster.wait_until("Deployments", lambda: wanted <= world.names("deployments", "-n", "team-a"), timeout_s=90)
+    world.cluster.wait_until("a Role", lambda: world.names("roles", "-n", "team-a"), timeout_s=60)
     status = world.get("isvc", "first", "-n", "team-a")["status"]
     conditions = {item["type"]: item for item in status["conditions"]}
     assert conditions["Accepted"]["status"] == "True", conditions

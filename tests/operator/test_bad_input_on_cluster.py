@@ -28,7 +28,7 @@ from baton_operator.trouble import pod_trouble
 
 REASON = cluster.why_no_node()
 pytestmark = [
-    pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(bool(REASON), reason=REASON),
+    pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(bool(REASON), reason=REASON),
 ]  # fmt: skip
 
 Tree = dict[str, Any]
@@ -37,7 +37,7 @@ STATE = Path.home() / ".cache/baton/bad-input-cluster"
 IMAGES = Path.home() / ".cache/baton/images"
 NAMESPACE = "team-a"
 PORT = 19500
-LONG_S = 90.0  # a bound for a slow machine; how long it took is printed
+LONG_S = 240.0  # a bound for a slow machine; how long it took is printed
 PARKED: Tree = {"podTemplate": {"spec": {"nodeSelector": {"nowhere": "true"}}}}
 LITTLE: Tree = {"requests": {"cpu": "20m", "memory": "64Mi"}}
 TINY, NOWHERE = "tiny", "nowhere"  # profiles

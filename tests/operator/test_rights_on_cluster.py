@@ -182,24 +182,24 @@ def service(spec: Mapping[str, Any]) -> str:
 
 def live_through(house: House, pair: list[Operator]) -> None:
     """Install, a service with every option, scale, edits, a change of the leader, delete."""
-    until(lambda: any(one.leads() for one in pair), "a leader", 60)
+    until(lambda: any(one.leads() for one in pair), "a leader", 180)
     house.cluster.kubectl("create", "-f", "-", stdin=service(SPEC))
     until(lambda: "deployment.apps/demo-decode" in house.names("deploy"), "Deployments")
     house.put(*map(crd, OPTIONAL_KINDS))  # installed later than the operator and the service
     optional = "ingress,servicemonitors,podmonitors,httproutes"
-    until(lambda: len(house.names(optional)) == 3, "objects of optional kinds", 60)
+    until(lambda: len(house.names(optional)) == 3, "objects of optional kinds", 180)
     house.cluster.kubectl("scale", "deploy/demo-prefill", "-n", "team-a", "--replicas=5")
     asked = ("get", "deploy/demo-prefill", "-n", "team-a", "-o", "jsonpath={.spec.replicas}")
     until(lambda: house.cluster.kubectl(*asked) == "2", "the bound of the autoscaler")
     [leader] = [one for one in pair if one.leads()]
     [other] = [one for one in pair if one is not leader]
     assert leader.stop() == 0
-    until(other.leads, "the other leads", 60)
+    until(other.leads, "the other leads", 180)
     house.cluster.kubectl("replace", "-f", "-", stdin=service(ROUTED))
     until(lambda: {name.partition(".")[0] for name in house.names("ingress,httproutes")} == {"httproute"},
           "a route in place of the ingress", 60)  # fmt: skip
     house.cluster.kubectl("replace", "-f", "-", stdin=service(LEAN))
-    until(lambda: not house.names("httproutes"), "what is no longer wanted is gone", 60)
+    until(lambda: not house.names("httproutes"), "what is no longer wanted is gone", 180)
     house.cluster.kubectl("delete", "isvc", "demo", "-n", "team-a", "--timeout=60s")
     until(lambda: not house.names("deploy,svc,cm,role,rolebinding,netpol,pdb", "-l", "serving.baton.dev/service"),
           "nothing is left", 60)  # fmt: skip

@@ -80,8 +80,8 @@ def installed(
                 images=("local/router:1", "local/worker:1"), options=options, program=program,
             ))  # fmt: skip
         for port in ports:
-            until(lambda port=port: trusted(cluster, port), "a webhook that is trusted", 60)  # type: ignore[misc]
-        until(lambda: apply(cluster, service("probe", wire="nixl")).status == 422, "the API server calls it", 60)
+            until(lambda port=port: trusted(cluster, port), "a webhook that is trusted", 180)  # type: ignore[misc]
+        until(lambda: apply(cluster, service("probe", wire="nixl")).status == 422, "the API server calls it", 180)
         yield made
     finally:
         for operator in made:

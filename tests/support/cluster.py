@@ -116,7 +116,7 @@ class Cluster:
             self.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(file))
         self.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
 
-    def wait_until(self, what: str, ok: Any, *, timeout_s: float = 30.0) -> None:
+    def wait_until(self, what: str, ok: Any, *, timeout_s: float = 90.0) -> None:
         """Calls `ok()` until it is true. Raises ClusterFailed."""
         _wait(what, ok, timeout_s)
 

@@ -56,7 +56,7 @@ class Operator:
         return self.process.wait(timeout=20)
 
 
-def until(ok: Callable[[], bool], what: str, timeout_s: float = 30) -> float:
+def until(ok: Callable[[], bool], what: str, timeout_s: float = 120) -> float:
     """Seconds that it took."""
     began_s = time.monotonic()
     while not ok():
