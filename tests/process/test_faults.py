@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.checkpoints import tiny_checkpoint
-from support.house import DEADLINE_S, Stream, Streams, assert_no_leaks, eventually, status, workers_up
+from support.house import DEADLINE_S, Stream, Streams, assert_no_leaks, eventually, status
 from support.processes import RouterProcess, Service, WorkerProcess, spawn_service
 from support.reference import Reference
 from tokenizers import Tokenizer
@@ -68,7 +68,7 @@ def house(lasting_house: Service) -> Service:
             process.start()
     for process in (*lasting_house.workers, lasting_house.router):
         process.wait_ready()
-    eventually(lambda: workers_up(lasting_house.router) == len(lasting_house.workers), 20, lasting_house.router.log)
+    lasting_house.router.wait_workers(len(lasting_house.workers))
     return lasting_house
 
 
@@ -140,7 +140,7 @@ def test_a_lost_router_leaves_nothing_behind_and_a_new_one_serves(
         assert answer.error, "the router died, yet the stream ended as if it were whole"
         assert text.startswith(answer.text), "what was sent before the end was wrong"
     assert_no_leaks(house.workers)
-    house.router.start().wait_ready()
+    house.router.start().wait_ready().wait_workers(len(house.workers))
     with Streams(house.router.url, prompts, OUTPUTS).running() as streams:
         assert_all_right(streams.answers(), expected)
     assert_no_leaks(house.workers)
@@ -157,7 +157,7 @@ def test_the_only_decode_worker_dies_and_its_successor_goes_on(
         addresses = [worker.wait_ready().address for worker in (prefill, decode)]
         settings = {"request_timeout_s": DEADLINE_S, "local_below_tokens": 16, "resume_wait_s": 40}
         with RouterProcess(checkpoint, tmp_path, workers=addresses, **settings) as router:
-            router.wait_ready()
+            router.wait_ready().wait_workers(2)
             with Streams(router.url, prompts, OUTPUTS).running() as streams:
                 streams.wait_events(300)
                 decode.kill()
@@ -174,9 +174,11 @@ def test_the_only_prefill_worker_dies_and_decode_does_its_work(
     settings = {"request_timeout_s": DEADLINE_S, "local_below_tokens": 16}
     with spawn_service(tmp_path, checkpoint, router_settings=settings) as house:
         assert house.router is not None
+        [prefill], [decode] = house.prefill, house.decode
+        prefill.stop()  # so that it surely dies with prompts that decode waits for
         with Streams(house.router.url, prompts, OUTPUTS).running() as streams:
-            eventually(lambda: status(house.prefill[0]).load.running > 0, 10, lambda: "prefill never ran")
-            house.prefill[0].kill()
+            eventually(lambda: status(decode).load.reserved > 0, 30, lambda: "decode was never asked to wait")
+            prefill.kill()
             answers = streams.answers()
         assert_all_right(answers, expected)
         assert_no_leaks(house.decode)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import httpx
-from support.processes import RouterProcess, WorkerProcess
+from support.processes import WorkerProcess
 
 from baton_proto import worker_pb2, worker_pb2_grpc
 
@@ -120,9 +120,3 @@ def assert_no_leaks(workers: Sequence[WorkerProcess], within_s: float = 15.0) ->
             return pages.total > 0 and pages.free + pages.cached == pages.total
 
         eventually(clean, within_s, lambda worker=worker: f"{worker.name}: {status(worker)}\n{worker.log()[-3000:]}")
-
-
-def workers_up(router: RouterProcess) -> int:
-    """How many workers the router has a live link to."""
-    answer = httpx.get(f"{router.url}/ready", timeout=10).json()
-    return sum(worker["state"] == "up" for worker in answer["workers"])

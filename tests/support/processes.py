@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import httpx
+
 READY_S = 60.0
 MODULES = {"prefill": "baton_prefill", "decode": "baton_decode", "colocated": "baton_decode", "router": "baton_router"}
 
@@ -173,6 +175,18 @@ class RouterProcess(ServiceProcess):
     def url(self) -> str:
         return f"http://{self.address}"
 
+    def wait_workers(self, count: int, timeout_s: float = READY_S) -> Self:
+        """Until it has live links to so many workers; a router serves before it has any."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            workers = httpx.get(f"{self.url}/ready", timeout=10).json()["workers"]
+            if sum(worker["state"] == "up" for worker in workers) >= count:
+                return self
+            if time.monotonic() > deadline_s:
+                what = f"{self.name} has not {count} workers after {timeout_s} s"
+                raise ProcessFailed(f"{what}: {workers}\n{self.log()}")
+            time.sleep(0.05)
+
     def _ready_address(self) -> str | None:
         for record in self.records():
             if found := re.search(r"on http://(\S+)", record["message"]):
@@ -244,5 +258,5 @@ def spawn_service(
             addresses = [worker.address for worker in workers]
             settings = {"listen": listen(), **(router_settings or {})}
             process = RouterProcess(checkpoint, folder, workers=addresses, **settings)
-            front = stack.enter_context(process).wait_ready()
+            front = stack.enter_context(process).wait_ready().wait_workers(len(workers))
         yield Service(**groups, router=front)
