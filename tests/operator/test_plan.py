@@ -131,6 +131,15 @@ def test_settings_hold_what_the_user_typed_and_a_change_of_them_changes_the_pods
     assert before.revision != after.revision
 
 
+def test_routers_stay_in_the_service_while_requests_wait_for_the_successor_of_the_only_worker() -> None:
+    """Out of the Service they would turn waiting into refused connections."""
+    wanted = planned()
+    router = yaml.safe_load(one(wanted, "ConfigMap", "chat-settings")["data"]["settings.yaml"])["router"]
+    probe = main(wanted, "router")["readinessProbe"]
+    assert router["worker_wait_s"] == router["resume_wait_s"] > 30
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= router["worker_wait_s"]
+
+
 def test_a_volume_is_mounted_read_only_and_nothing_is_fetched() -> None:
     spec = template(planned(model={"uri": "pvc://weights/llama"}), "decode")["spec"]
     assert spec["volumes"][0]["persistentVolumeClaim"] == {"claimName": "weights", "readOnly": True}
