@@ -34,6 +34,7 @@ _PAGE = 500
 _HANDLERS_AT_ONCE = 50
 _IDLE_S = 1.0
 _TOKEN_FRESH = datetime.timedelta(minutes=5)  # Kubernetes rotates a pod's token
+_END_S = 20.0              # for kopf to end in order once a part of it has ended
 _BACK_OFF_S = (0.5, 1, 2, 4, 8, 15, 30)
 
 
@@ -64,13 +65,17 @@ async def watch(
     ready: asyncio.Event,
     webhook: Webhook | None,
 ) -> None:
-    """Until SIGTERM or SIGINT, which kopf handles, or until cancelled. Sets `ready` once it watches."""
+    """Until SIGTERM or SIGINT, which kopf handles, or until cancelled. Sets `ready` once it watches.
+
+    Raises what made a watch fail for good: an operator that has gone deaf had better start again.
+    """
     logging.getLogger("kopf").setLevel(logging.WARNING)
     kopf_identity: Any = platform.node()
     registry, settings = _registry(controller, credentials), _settings(config)
     if webhook is not None:
         webhook.register(registry, settings)
-    await kopf.operator(
+    known = asyncio.all_tasks()  # kopf ends whatever begins from here on
+    parts = await kopf.spawn_tasks(
         registry=registry,
         settings=settings,
         standalone=True,
@@ -80,6 +85,21 @@ async def watch(
         # unused, but kopf would make one from the user's name, which a numeric user of a pod does not have
         identity=kopf_identity,
     )
+    whole = asyncio.create_task(kopf.run_tasks(parts, ignored=known), name="kopf")
+    try:
+        await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({whole}, timeout=_END_S)
+    except asyncio.CancelledError:
+        whole.cancel()
+        await asyncio.wait({whole}, timeout=_END_S)
+        raise
+    if whole.done():
+        return await whole
+    # a watch that lost its session meanwhile waits for a new one and hears no cancellation
+    for task in (whole, *parts):
+        task.cancel()
+    failures = [part.exception() for part in parts if part.done() and not part.cancelled()]
+    raise next((failure for failure in failures if failure is not None), RuntimeError("watching did not end in order"))
 
 
 def _settings(config: OperatorConfig) -> kopf.OperatorSettings:
