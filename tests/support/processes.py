@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import httpx
 
-READY_S = 60.0
+READY_S = 100.0
 MODULES = {"prefill": "baton_prefill", "decode": "baton_decode", "colocated": "baton_decode", "router": "baton_router"}
 
 
