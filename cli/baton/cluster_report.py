@@ -17,7 +17,7 @@ from baton_operator.trouble import pod_trouble
 
 _GATES = {
     REGISTERED_GATE: ("NotRegistered", "no router has it in its list yet"),
-    TRANSPORT_GATE: ("TransportNotProved", "no KV has been sent to a decode worker yet"),
+    TRANSPORT_GATE: ("TransportNotProved", "no KV has crossed to or from a worker of the other role yet"),
 }
 
 

@@ -124,7 +124,7 @@ def test_a_pods_own_trouble_is_told_with_its_remedy() -> None:
     ("conditions", "reason", "words"),
     [
         ([], "NotRegistered", "no router"),
-        ([condition(REGISTERED_GATE)], "TransportNotProved", "no KV has been sent"),
+        ([condition(REGISTERED_GATE)], "TransportNotProved", "no KV has crossed"),
         (
             [condition(REGISTERED_GATE), condition(TRANSPORT_GATE, "False", "ProbeFailed", "no route to decode-1")],
             "TransportNotProved", "no route to decode-1",
