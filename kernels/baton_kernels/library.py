@@ -1,0 +1,78 @@
+"""The kernels of one device: asks the oracle, compiles what it chose, holds what it compiled.
+
+A kernel that the installed Triton cannot compile costs a warning, a count and the next implementation, at `bind`, never
+in the middle of serving. One log line per operation and shape class. It does not know models.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from baton_kernels import oracle
+from baton_kernels.capabilities import Capabilities
+from baton_kernels.oracle import Choice, Unsupported
+from baton_kernels.registry import Family, O, S
+from baton_kernels.rt.program import CompileFailed
+
+log = logging.getLogger("baton.kernels")
+
+
+class Library:
+    """Binds operations for one device. Thread-safe; `bind` may compile and then takes seconds."""
+
+    def __init__(self, capabilities: Capabilities, *, force: Mapping[str, str] | None = None) -> None:
+        """`force`: operation -> implementation."""
+        self.capabilities = capabilities
+        self._force = dict(force or {})
+        self._lock = threading.Lock()
+        self._bound: dict[tuple[str, object], Any] = {}
+        self._choices: list[Choice] = []
+        self._fallbacks: Counter[tuple[str, str]] = Counter()
+
+    def bind(self, family: Family[S, O], shape: S) -> O:
+        """The operation for this shape, compiled. Unsupported, with every reason, when nothing can run."""
+        with self._lock:
+            held: O | None = self._bound.get((family.op, shape))
+            if held is None:
+                held = self._bound[family.op, shape] = self._first_that_compiles(family, shape)
+            return held
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What was bound so far, in order."""
+        with self._lock:
+            return list(self._choices)
+
+    @property
+    def fallbacks(self) -> Mapping[tuple[str, str], int]:
+        """(operation, implementation that runs instead) -> how often a slow path was taken or a compilation failed."""
+        with self._lock:
+            return dict(self._fallbacks)
+
+    def _first_that_compiles(self, family: Family[S, O], shape: S) -> O:
+        failed: list[str] = []
+        for choice in oracle.choices(family, self.capabilities, shape, self._force):
+            chosen = next(one for one in family.implementations if one.name == choice.implementation)
+            operation = chosen.bind(self.capabilities, shape, choice.config)
+            try:
+                for program in operation.programs:
+                    program.compile()
+            except CompileFailed as error:
+                failed.append(f"{chosen.name}: {error}")
+                log.warning("a kernel does not compile", extra={"op": family.op, "why": str(error)})
+                continue
+            self._choices.append(choice)
+            if choice.slow or failed:
+                self._fallbacks[family.op, chosen.name] += 1
+            say = log.warning if choice.slow else log.debug
+            said = {"op": family.op, "shape": choice.label, "with": chosen.name, "why": choice.reason}
+            say("kernel chosen", extra=said)
+            return operation
+        raise Unsupported(
+            f"{family.op} {shape.label} does not compile for {self.capabilities.name}: {'; '.join(failed)}",
+            param="kernels",
+        )

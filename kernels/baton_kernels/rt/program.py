@@ -1,0 +1,142 @@
+"""One Triton kernel with everything fixed but its run-time arguments: compiled once, then launched without the JIT.
+
+Convention of our kernels: run-time parameters first, all `constexpr` after them. Integers are never specialised on
+their value and pointers are promised to be 16-byte aligned, so one compiled kernel fits all calls; a launch checks
+dtype, device and alignment of each tensor, because a held kernel would not notice. A type is Triton's own
+("*bf16", "i32", "fp32", "tensordesc<...>"); a trailing "~" takes the promise of alignment back.
+Under the interpreter nothing is compiled and the kernel runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baton_kernels.capabilities import Capabilities
+from baton_kernels.rt.language import INTERPRETED
+
+Config = Mapping[str, int]
+"""Tile sizes of one kernel, and Triton's num_warps and num_stages."""
+
+OPTIONS = ("num_warps", "num_stages")
+ALIGNMENT_BYTES = 16
+TYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fnuz: "fp8e4b8",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+_DTYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+
+
+class CompileFailed(Exception):
+    """The installed Triton cannot compile a kernel for this device; one line says what it said."""
+
+
+class InputError(ValueError):
+    """A tensor that a kernel must not touch: dtype, shape, strides, alignment or device are not what was agreed."""
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Type of a pointer argument to elements of `dtype`."""
+    return f"*{TYPE_NAMES[dtype]}"
+
+
+class Program:
+    """A kernel for one device, dtype and shape class."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        *,
+        types: Mapping[str, str],
+        constants: Mapping[str, object],
+        config: Config,
+        capabilities: Capabilities,
+    ) -> None:
+        """`types`: the run-time parameters in order; `constants`: the rest in order, tile sizes too."""
+        self.name: str = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
+        self.capabilities = capabilities
+        self.options = {name: config[name] for name in OPTIONS if name in config}
+        self._kernel = kernel
+        self._types = dict(types)
+        self._constants = dict(constants)
+        self._compiled: Any = None
+        self._expected = [
+            (name, _DTYPES.get(text.strip("*~")) if text.startswith("*") else None, not text.endswith("~"))
+            for name, text in types.items()
+        ]
+        self._tail = tuple(constants.values())
+
+    def compile(self) -> Any:
+        """Compile for the device's target, which need not be here. Returns Triton's CompiledKernel.
+
+        CompileFailed when Triton refuses, or when the kernel needs more shared memory than the device has.
+        """
+        if self._compiled is not None or INTERPRETED:
+            return self._compiled
+        from triton import compile as compile_kernel  # noqa: PLC0415 - absent where there is no Triton
+        from triton.compiler import ASTSource  # noqa: PLC0415
+
+        names = (*self._types, *self._constants)
+        assert names == tuple(self._kernel.arg_names), f"{self.name} takes {self._kernel.arg_names}, not {names}"
+        types = {name: text.rstrip("~") for name, text in self._types.items()}
+        aligned = {
+            (index,): [["tt.divisibility", ALIGNMENT_BYTES]]
+            for index, text in enumerate(self._types.values())
+            if text.startswith("*") and not text.endswith("~")
+        }
+        source = ASTSource(
+            self._kernel,
+            signature=types | dict.fromkeys(self._constants, "constexpr"),
+            constexprs={(names.index(name),): value for name, value in self._constants.items()},
+            attrs=aligned,
+        )
+        said = io.StringIO()  # a failing assembler prints the whole program
+        try:
+            with contextlib.redirect_stdout(said):
+                compiled = compile_kernel(source, target=self.capabilities.target, options=self.options)
+        except Exception as error:  # Triton raises whatever its passes raise
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CompileFailed(f"{self.name} for {self.capabilities.name}: {why}") from error
+        if compiled.metadata.shared > self.capabilities.shared_bytes:
+            raise CompileFailed(
+                f"{self.name} for {self.capabilities.name}: needs {compiled.metadata.shared} bytes of shared memory, "
+                f"the device has {self.capabilities.shared_bytes}"
+            )
+        self._compiled = compiled
+        return compiled
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launch on the current stream; returns at once. `arguments` in the order of `types`. InputError."""
+        for argument, (name, dtype, aligned) in zip(arguments, self._expected, strict=True):
+            if isinstance(argument, Tensor):
+                self._check(argument, name, dtype, aligned)
+        if 0 in grid:
+            return
+        if INTERPRETED:
+            self._kernel[grid](*arguments, **self._constants)
+            return
+        if self._compiled is None:
+            self.compile()
+        self._compiled[grid](*arguments, *self._tail)
+
+    def _check(self, tensor: Tensor, name: str, dtype: torch.dtype | None, aligned: bool) -> None:
+        if tensor.dtype is not dtype:
+            raise InputError(f"{self.name}: {name} is {tensor.dtype}, compiled for {dtype}")
+        if aligned and tensor.data_ptr() % ALIGNMENT_BYTES:
+            raise InputError(f"{self.name}: {name} does not start at a multiple of {ALIGNMENT_BYTES} bytes")
+        if not INTERPRETED and tensor.device.type == "cpu":
+            raise InputError(f"{self.name}: {name} is in host memory; kernels read device memory")
