@@ -30,11 +30,16 @@ class EngineConfig:
     step_tokens: Annotated[
         int, Field(ge=1, le=1 << 17, description="query tokens per step: prefill chunks and decodes together")
     ] = 512
-    pages: Annotated[int, Field(ge=0, description="KV pages, 0 = from kv_bytes or from the memory of the machine")] = 0
+    pages: Annotated[int, Field(ge=0, description="KV pages, 0 = from kv_bytes or from the memory of the device")] = 0
     kv_bytes: Annotated[int, Field(ge=0, description="memory of the KV pool in bytes, 0 = choose")] = 0
     kv_memory_fraction: Annotated[
-        float, Field(gt=0.0, le=0.95, description="most of the available memory that a chosen KV pool takes")
-    ] = 0.25
+        float,
+        Field(
+            ge=0.0,
+            le=0.95,
+            description="most of the available memory that a chosen KV pool takes, 0 = 0.25 on a CPU, 0.85 on a GPU",
+        ),
+    ] = 0.0
     max_queue: Annotated[int, Field(ge=1, description="requests that wait for admission; more are refused")] = 256
     max_reserved: Annotated[int, Field(ge=1, description="requests that hold pages and wait for their KV")] = 64
     threads: Annotated[int, Field(ge=0, le=1024, description="compute threads on a CPU, 0 = all cores")] = 0

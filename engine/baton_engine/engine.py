@@ -27,7 +27,7 @@ from baton_engine.exec.device import Device
 from baton_engine.exec.pool import KvPool
 from baton_engine.exec.runner import STEP_TIMEOUT_S, Runner, StepHandle
 from baton_engine.exec.sampler import validate
-from baton_engine.exec.sizing import available_bytes, kv_pages
+from baton_engine.exec.sizing import kv_pages
 from baton_engine.models.loader import LoadedModel
 from baton_engine.request import Mode, Phase, Request
 from baton_engine.role import Role, TokenLogprobs
@@ -80,7 +80,10 @@ class Engine:
         self._vocab = model.spec.vocab_size
         context_tokens = min(config.context_tokens or model.spec.context_tokens, model.spec.context_tokens)
         layout = model.spec.layout(config.page_tokens, model.dtype if config.kv_dtype == "auto" else config.kv_dtype)
-        self.pool = KvPool(layout, kv_pages(config, layout, context_tokens, available_bytes()), device)
+        pages = kv_pages(
+            config, layout, context_tokens, available=device.available_bytes(), device_fraction=device.kv_fraction
+        )
+        self.pool = KvPool(layout, pages, device)
         self.hash_root = chain_root(model.digest)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -97,7 +100,7 @@ class Engine:
         )
         self.context_tokens = self._scheduler.context_tokens
         self._runner = Runner(
-            model.decoder, self.pool, device, clock,
+            model.decoder, self.pool, device,
             rows=config.max_rows, context_tokens=context_tokens, vocab=self._vocab,
             eos_token_ids=model.eos_token_ids, layer_group=config.layer_group,
         )  # fmt: skip

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from baton_common.clock import ManualClock
 from baton_common.errors import BatonError, ConfigError
 from baton_engine.exec.device import open_device
 
@@ -41,6 +42,34 @@ def test_what_a_run_makes_may_be_written_by_other_threads(device):
     tensor = device.run(lambda: torch.zeros(2))
     tensor += 1
     assert tensor.tolist() == [1.0, 1.0]
+
+
+def test_a_callback_comes_at_once_and_its_error_ends_the_work(device):
+    seen = []
+
+    def work():
+        device.stream.after(lambda: seen.append(threading.current_thread().name))
+        seen.append("then")
+        device.stream.after(lambda: 1 // 0)
+        seen.append("never")
+
+    launch = device.stream.submit(work)
+    assert launch.wait(5.0)
+    assert seen == ["baton-device", "then"]
+    with pytest.raises(ZeroDivisionError):
+        launch.result()
+
+
+def test_a_launch_knows_how_long_it_ran():
+    clock = ManualClock()
+    device = open_device("cpu", threads=1, clock=clock)
+    gate = threading.Event()
+    first = device.stream.submit(lambda: gate.wait(5.0) and clock.advance(3.0))
+    second = device.stream.submit(lambda: clock.advance(0.5))
+    gate.set()
+    assert second.wait(5.0)
+    assert (first.elapsed_s, second.elapsed_s) == (3.0, 0.5)
+    device.close()
 
 
 def test_an_error_of_a_run_comes_out_of_it(device):

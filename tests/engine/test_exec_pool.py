@@ -54,5 +54,14 @@ def test_impossible_pools_are_refused_in_one_line(device):
         KvPool(layout(dtype="int8"), 2, device)
 
 
+def test_a_broken_device_is_not_taken_for_a_full_one(device, monkeypatch):
+    def broken(*_, **__):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "zeros", broken)
+    with pytest.raises(torch.AcceleratorError):
+        KvPool(layout(), 2, device)
+
+
 def test_the_pool_uses_the_dtype_of_its_layout(device):
     assert KvPool(layout(dtype="bfloat16"), 2, device).tensor.dtype == torch.bfloat16

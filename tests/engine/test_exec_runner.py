@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from baton_common.clock import SystemClock
 from baton_common.errors import BatonError
 from baton_engine.exec.device import open_device
 from baton_engine.exec.pool import KvPool
@@ -52,7 +51,7 @@ def decoder():
 def runner(device, decoder):
     pool = KvPool(PageLayout(layers=1, kv=2, heads=1, page_tokens=PAGE, dim=4, dtype="float32"), 30, device)
     return Runner(
-        decoder, pool, device, SystemClock(),
+        decoder, pool, device,
         rows=6, context_tokens=100, vocab=VOCAB, eos_token_ids=[0], layer_group=3,
     )  # fmt: skip
 

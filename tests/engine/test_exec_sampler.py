@@ -16,7 +16,7 @@ EOS = 2
 
 
 def make(rows=8):
-    return RowSampler(rows=rows, vocab=VOCAB, eos_token_ids=[EOS], device=torch.device("cpu"))
+    return RowSampler(rows=rows, vocab=VOCAB, eos_token_ids=[EOS], device=torch.device("cpu"), upload=torch.from_numpy)
 
 
 def admission(row, sampling, prompt=(3, 4), output=()):

@@ -4,7 +4,7 @@ import pytest
 
 from baton_common.errors import ConfigError
 from baton_engine.config import EngineConfig
-from baton_engine.exec.sizing import available_bytes, kv_pages
+from baton_engine.exec.sizing import kv_pages
 from baton_kvtransfer.layout import PageLayout
 
 LAYOUT = PageLayout(layers=2, kv=2, heads=2, page_tokens=64, dim=32, dtype="float32")
@@ -12,7 +12,7 @@ CONTEXT = 1000  # 16 pages
 
 
 def pages(available=1 << 40, **settings):
-    return kv_pages(EngineConfig(**settings), LAYOUT, CONTEXT, available)
+    return kv_pages(EngineConfig(**settings), LAYOUT, CONTEXT, available=available, device_fraction=0.5)
 
 
 def test_an_explicit_number_of_pages_or_bytes_is_taken():
@@ -28,12 +28,16 @@ def test_a_chosen_pool_stays_within_its_fraction_of_memory():
     assert pages(available=100 * LAYOUT.page_bytes, kv_memory_fraction=0.25) == 25
 
 
+def test_without_a_fraction_the_devices_own_counts():
+    assert pages(available=100 * LAYOUT.page_bytes) == 50
+
+
 @pytest.mark.parametrize(
     ("available_pages", "settings", "param"),
     [
         (1000, {"pages": 15}, "pages"),
         (1000, {"kv_bytes": 15 * LAYOUT.page_bytes}, "kv_bytes"),
-        (40, {}, "kv_memory_fraction"),
+        (30, {}, "kv_memory_fraction"),
         (12, {}, "context_tokens"),
     ],
 )
@@ -43,22 +47,8 @@ def test_a_pool_below_one_context_is_refused_and_the_advice_works(available_page
     assert caught.value.param == param
     advice = float(str(caught.value).rsplit(" ", 1)[1])
     if param == "context_tokens":
-        assert kv_pages(EngineConfig(), LAYOUT, int(advice), available_pages * LAYOUT.page_bytes) > 0
+        available = available_pages * LAYOUT.page_bytes
+        assert kv_pages(EngineConfig(), LAYOUT, int(advice), available=available, device_fraction=0.5) > 0
     else:
         better = {param: advice if param == "kv_memory_fraction" else int(advice)}
         assert pages(available=available_pages * LAYOUT.page_bytes, **better) >= 16
-
-
-def test_available_memory_is_the_least_of_machine_and_container(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
-    assert available_bytes(meminfo=meminfo, cgroup=tmp_path) == 1000 * 1024
-    (tmp_path / "memory.current").write_text("100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(meminfo=meminfo, cgroup=tmp_path) == 1000 * 1024
-    (tmp_path / "memory.max").write_text("500000\n")
-    assert available_bytes(meminfo=meminfo, cgroup=tmp_path) == 400000
-
-
-def test_a_machine_without_these_files_still_has_memory(tmp_path):
-    assert available_bytes(meminfo=tmp_path / "none", cgroup=tmp_path) > 1 << 20

@@ -194,6 +194,14 @@ def test_a_cut_off_file_is_refused(folder, device, keep):
     refused(folder, device, str(path), "cut off or corrupt", "download")
 
 
+def test_weights_that_do_not_fit_are_refused_with_their_size(folder, device, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    refused(folder, device, "no memory for the weights", "float32", "GiB, cpu has", "another --device")
+
+
 def test_a_file_of_garbage_is_refused(folder, device):
     (folder / "model.safetensors").write_bytes(np.random.default_rng(0).bytes(4000))
     refused(folder, device, "cut off or corrupt")

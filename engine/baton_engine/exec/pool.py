@@ -38,9 +38,16 @@ class KvPool:
         shape = layout.shape(pages + 1)
         try:
             storage = device.run(lambda: torch.zeros(prod(shape), dtype=dtype, device=device.torch_device))
+        except torch.AcceleratorError:
+            raise  # a broken device, whatever was asked of it
         except RuntimeError:
             wanted = (pages + 1) * layout.page_bytes / 2**30
-            raise ConfigError(f"no memory for {pages} KV pages ({wanted:.1f} GiB); ask for fewer pages") from None
+            free = device.available_bytes() / 2**30
+            raise ConfigError(
+                f"no memory for {pages} KV pages: they take {wanted:.1f} GiB, {device.name} has {free:.1f} GiB; "
+                f"ask for fewer pages, or lower kv_bytes or kv_memory_fraction",
+                param="pages",
+            ) from None
         self.layout = layout
         self.pages = pages
         self.dummy_page = PageId(pages)

@@ -2,7 +2,8 @@
 
 `launch` runs on the planning thread and computes everything that needs no device state with NumPy, over rows and tokens
 at once, while the previous step still runs; one int64 upload carries it. The device part runs in stream order and alone
-touches the device table. A sampled token stays on the device (`last_token`); the host sees it when it collects.
+touches the device table. A sampled token stays on the device (`last_token`), and a copy of it goes to the host, which
+looks at it when it collects: in between nothing waits for the device.
 It does not know requests, pages' owners or stop rules.
 """
 
@@ -18,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from baton_common.clock import Clock
 from baton_common.errors import BatonError
 from baton_engine.exec.device import Device, Fence, Launch
 from baton_engine.exec.pool import KvPool
@@ -44,18 +44,12 @@ class StepResult:
     elapsed_s: float  # on the device
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Executed:
-    sampled: Sampled
-    elapsed_s: float
-
-
 class StepHandle:
     """A launched step."""
 
     __slots__ = ("_launch", "_tops", "plan")
 
-    def __init__(self, plan: StepPlan, launch: Launch[_Executed], tops: Sequence[int] | None) -> None:
+    def __init__(self, plan: StepPlan, launch: Launch[Sampled], tops: Sequence[int] | None) -> None:
         self.plan = plan
         self._launch = launch
         self._tops = tops
@@ -69,13 +63,12 @@ class StepHandle:
         """Wait for the step. Raises what the model raised, or BatonError after `timeout_s`."""
         if not self._launch.wait(timeout_s):
             raise BatonError(f"step {self.plan.number} did not end in {timeout_s:.0f} s; the device hangs")
-        executed = self._launch.result()
-        sampled = executed.sampled
+        sampled = self._launch.result()
         return StepResult(
             number=self.plan.number,
             tokens=sampled.tokens.tolist(),
             logprobs=sampled.logprob_records(self._tops),
-            elapsed_s=executed.elapsed_s,
+            elapsed_s=self._launch.elapsed_s,
         )
 
 
@@ -100,7 +93,6 @@ class Runner:
         decoder: Decoder,
         pool: KvPool,
         device: Device,
-        clock: Clock,
         *,
         rows: int,
         context_tokens: int,
@@ -111,24 +103,32 @@ class Runner:
         self._decoder = decoder
         self._pool = pool
         self._device = device
-        self._clock = clock
         self._layer_group = layer_group
         self._page_tokens = pool.layout.page_tokens
         columns = -(-context_tokens // self._page_tokens)
         where = device.torch_device
-        self._sampler = RowSampler(rows=rows, vocab=vocab, eos_token_ids=eos_token_ids, device=where)
         self._host_table = np.zeros((rows, columns), dtype=np.int64)
-        self._table = torch.zeros((rows, columns), dtype=torch.int32, device=where)
-        self._last_token = torch.zeros(rows, dtype=torch.int64, device=where)
+
+        def allocate() -> tuple[RowSampler, Tensor, Tensor]:  # in stream order, as all that will touch them
+            return (
+                RowSampler(
+                    rows=rows, vocab=vocab, eos_token_ids=eos_token_ids, device=where, upload=device.upload
+                ),
+                torch.zeros((rows, columns), dtype=torch.int32, device=where),
+                torch.zeros(rows, dtype=torch.int64, device=where),
+            )  # fmt: skip
+
+        self._sampler, self._table, self._last_token = device.run(allocate)
 
     def launch(self, plan: StepPlan, on_layers: OnLayers | None) -> StepHandle:
-        """Queue the step behind those launched before; returns at once.
+        """Queue the step behind those launched before; never waits for the device.
 
         `on_layers(plan, begin, end)` is called on the device thread when these layers' KV of the step is in the pool.
         """
         prepared = self._prepare(plan)
-        layers = None if on_layers is None else lambda begin, end: on_layers(plan, begin, end)
-        launch = self._device.stream.submit(lambda: self._execute(prepared, layers))
+        stream = self._device.stream
+        layers = None if on_layers is None else lambda begin, end: stream.after(lambda: on_layers(plan, begin, end))
+        launch = stream.submit(lambda: self._execute(prepared, layers))
         return StepHandle(plan, launch, prepared.batch.tops)
 
     # ---- planning thread ------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Runner:
             rows, cu_q, kv_lens, ends[carried] - 1, rows[carried], delta_at, delta_pages,
         )  # fmt: skip
         return _Prepared(
-            packed=torch.from_numpy(np.concatenate(parts)).to(self._device.torch_device),
+            packed=self._device.upload(np.concatenate(parts)),
             sizes=[len(part) for part in parts],
             form=plan.form,
             width=(int(kv_lens.max()) - 1) // self._page_tokens + 1,
@@ -181,8 +181,7 @@ class Runner:
         return at, pages
 
     # ---- device, in stream order ----------------------------------------------------------------------------------
-    def _execute(self, step: _Prepared, on_layers: Callable[[int, int], None] | None) -> _Executed:
-        began_s = self._clock.now()
+    def _execute(self, step: _Prepared, on_layers: Callable[[int, int], None] | None) -> Sampled:
         (
             ids, positions, write_pages, write_offsets, sample_index, sampled_rows,
             rows, cu_q, kv_lens, carried_at, carried_rows, delta_at, delta_pages,
@@ -209,4 +208,4 @@ class Runner:
         logits = self._decoder.forward(inputs, self._pool, on_layers=on_layers, layer_group=self._layer_group)
         sampled = self._sampler.sample(logits, step.batch)
         self._last_token.index_copy_(0, sampled_rows, sampled.tokens)
-        return _Executed(sampled=sampled, elapsed_s=self._clock.now() - began_s)
+        return sampled.to_host(self._device.download)

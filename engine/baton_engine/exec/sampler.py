@@ -8,10 +8,10 @@ It does not know stop rules: what ends a request is decided when the step is col
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ CACHED_LOGITS = 1 << 18  # that a CPU works on at a time
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 LOGPROB_FLOOR = -9999.0  # a masked token's -inf would not survive JSON; OpenAI uses the same number
 Ids = NDArray[np.int64]
+Upload = Callable[[NDArray[Any]], Tensor]
 
 
 class Need(IntFlag):
@@ -98,13 +99,20 @@ class SampleBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """On the device. Collected one step later."""
+    """Collected one step later, from the host."""
 
     tokens: Tensor  # int64[S]
     logprobs: tuple[Tensor, Tensor, Tensor] | None = None  # see kernels' log_probabilities
 
+    def to_host(self, download: Callable[[Tensor], Tensor]) -> Sampled:
+        """The same on the host, once the launch that asks has ended."""
+        if self.logprobs is None:
+            return Sampled(tokens=download(self.tokens))
+        chosen, ids, values = self.logprobs
+        return Sampled(tokens=download(self.tokens), logprobs=(download(chosen), download(ids), download(values)))
+
     def logprob_records(self, tops: Sequence[int] | None) -> list[TokenLogprobs | None]:
-        """One entry per sampled position, or nothing when no row asked. Blocks until the device is done."""
+        """One entry per sampled position, or nothing when no row asked."""
         if self.logprobs is None or tops is None:
             return []
         chosen, ids, values = (part.tolist() for part in self.logprobs)
@@ -123,10 +131,14 @@ class Sampled:
 class RowSampler:
     """Owner of the sampling state of all rows."""
 
-    def __init__(self, *, rows: int, vocab: int, eos_token_ids: Iterable[int], device: torch.device) -> None:
+    def __init__(
+        self, *, rows: int, vocab: int, eos_token_ids: Iterable[int], device: torch.device, upload: Upload
+    ) -> None:
+        """`upload` carries what `prepare` makes to the device, in stream order."""
         self._vocab = vocab
         self._eos = frozenset(eos_token_ids)
         self._device = device
+        self._upload = upload
         # Planning thread.
         self._needs = np.zeros(rows, dtype=np.int64)
         self._params: list[SamplingParams | None] = [None] * rows
@@ -186,8 +198,8 @@ class RowSampler:
         integers = [(_signed(admission.sampling.seed), admission.sampling.top_k) for admission in stateful]
         return _Reset(
             rows=self._ids([admission.row for admission in stateful]),
-            reals=torch.tensor(reals, dtype=torch.float32, device=self._device),
-            integers=torch.tensor(integers, dtype=torch.int64, device=self._device),
+            reals=self._upload(np.array(reals, dtype=np.float32)),
+            integers=self._upload(np.array(integers, dtype=np.int64)),
             slots=self._ids([slot for slot, _ in fresh]),
             prompt=self._pairs([(slot, one.tokens[: one.prompt_tokens]) for slot, one in fresh]),
             output=self._pairs([(slot, one.tokens[one.prompt_tokens :]) for slot, one in fresh]),
@@ -216,7 +228,7 @@ class RowSampler:
             bias = self._row(rows[at]).logit_bias
             ids.extend(at * self._vocab + token for token in bias)
             values.extend(bias.values())
-        return (self._ids(ids), torch.tensor(values, dtype=torch.float32, device=self._device)) if ids else None
+        return (self._ids(ids), self._upload(np.array(values, dtype=np.float32))) if ids else None
 
     def _masked(self, rows: Ids, needs: Ids, positions: Ids) -> Tensor | None:
         ids: list[int] = []
@@ -263,10 +275,10 @@ class RowSampler:
         slots = [np.full(len(tokens), slot, dtype=np.int64) for slot, tokens in histories]
         tokens = [np.asarray(tokens, dtype=np.int64) for _, tokens in histories]
         both = np.stack([np.concatenate(slots), np.concatenate(tokens)]) if slots else np.zeros((2, 0), dtype=np.int64)
-        return torch.from_numpy(both).to(self._device)
+        return self._upload(both)
 
     def _ids(self, values: Ids | Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self._device)
+        return self._upload(np.asarray(values, dtype=np.int64))
 
     # ---- device ---------------------------------------------------------------------------------------------------
     def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:

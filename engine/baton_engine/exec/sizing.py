@@ -1,32 +1,28 @@
-"""How many KV pages a worker gets. Pure but for `available_bytes`, which asks the machine once at start.
+"""How many KV pages a worker gets. Pure: the device says what memory there is.
 
 Invariant: the pool holds at least one full context, so that every accepted request can finish alone.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
 from baton_common.errors import ConfigError
 from baton_engine.config import EngineConfig
 from baton_kvtransfer.layout import PageLayout
 
-_CGROUP = Path("/sys/fs/cgroup")
-_MEMINFO = Path("/proc/meminfo")
 
-
-def kv_pages(config: EngineConfig, layout: PageLayout, context_tokens: int, available: int) -> int:
+def kv_pages(
+    config: EngineConfig, layout: PageLayout, context_tokens: int, *, available: int, device_fraction: float
+) -> int:
     """Pages of the pool: `config.pages`, else `config.kv_bytes`, else what all rows could use, within a fraction of
-    `available` bytes. ConfigError, naming the setting and a number that works, when one context does not fit."""
+    `available` bytes: `config.kv_memory_fraction`, or the device's own where that is 0. ConfigError, naming the setting
+    and a number that works, when one context does not fit."""
     needed = -(-context_tokens // layout.page_tokens)
     page_bytes = layout.page_bytes
     if config.pages:
         return _checked(config.pages, needed, context_tokens, "pages", str(needed))
     if config.kv_bytes:
         return _checked(config.kv_bytes // page_bytes, needed, context_tokens, "kv_bytes", str(needed * page_bytes))
-    most = int(available * config.kv_memory_fraction) // page_bytes
+    most = int(available * (config.kv_memory_fraction or device_fraction)) // page_bytes
     fraction = needed * page_bytes / max(available, 1)
     if fraction < 0.9:
         remedy = f"{fraction + 0.005:.2f}"
@@ -43,23 +39,3 @@ def _checked(pages: int, needed: int, context_tokens: int, setting: str, remedy:
             param=setting,
         )
     return pages
-
-
-def available_bytes(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
-    """Memory that a new pool could take: what the machine has left, or the container's limit if that is less."""
-    found = [_machine_bytes(meminfo)]
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit.isdigit():
-            found.append(int(limit) - int((cgroup / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, or no limit: the machine's number stands
-    return max(min(found), 0)
-
-
-def _machine_bytes(meminfo: Path) -> int:
-    try:
-        fields: Mapping[str, str] = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -26,7 +26,7 @@ from baton_engine.models.families import parse_config
 from baton_engine.models.fields import Fields, read_json
 from baton_engine.models.names import Slot, strip_prefix, weight_slots
 from baton_engine.models.spec import ModelSpec
-from baton_engine.models.weights import Target, allocate, assemble
+from baton_engine.models.weights import Target, allocate, assemble, target_shapes
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all), after each tensor."""
@@ -77,8 +77,8 @@ def load_model(folder: Path, *, device: Device, dtype: str = "auto", progress: P
     stored = _match(spec, folder)
 
     def read() -> tuple[Decoder, str]:
-        tensors = allocate(spec, COMPUTE_DTYPES[name], device.torch_device)
-        digest = _read(spec, stored, tensors, progress)
+        tensors = _allocate(spec, name, device)
+        digest = _read(spec, stored, tensors, device, progress)
         return Decoder(spec, assemble(spec, tensors)), digest
 
     decoder, digest = device.run(read)
@@ -98,7 +98,7 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
         raise ConfigError(f"dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}", param="dtype")
 
     def draw() -> Decoder:
-        tensors = allocate(spec, COMPUTE_DTYPES[dtype], device.torch_device)
+        tensors = _allocate(spec, dtype, device)
         random = torch.Generator(device.torch_device).manual_seed(seed)
         for target, tensor in tensors.items():
             if target.field.endswith("norm"):
@@ -108,7 +108,7 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
                 tensor.uniform_(-bound, bound, generator=random)
         return Decoder(spec, assemble(spec, tensors))
 
-    digest = hashlib.sha256(f"random {seed} {dtype} {spec!r}".encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"random {seed} {dtype} {device.torch_device.type} {spec!r}".encode()).hexdigest()[:32]
     return LoadedModel(
         decoder=device.run(draw),
         spec=spec,
@@ -117,6 +117,21 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
         eos_token_ids=frozenset(),
         folder=None,
     )
+
+
+def _allocate(spec: ModelSpec, dtype: str, device: Device) -> dict[Target, Tensor]:
+    free = device.available_bytes() / 2**30  # before: what was made until the failure is still held after it
+    try:
+        return allocate(spec, COMPUTE_DTYPES[dtype], device.torch_device)
+    except torch.AcceleratorError:
+        raise  # a broken device, whatever was asked of it
+    except RuntimeError:
+        wanted = sum(map(prod, target_shapes(spec).values())) * COMPUTE_DTYPES[dtype].itemsize / 2**30
+        raise ConfigError(
+            f"no memory for the weights: in {dtype} they take {wanted:.1f} GiB, {device.name} has {free:.1f} GiB; use "
+            f"a smaller model or dtype, another --device, or end what else runs on it",
+            param="device",
+        ) from None
 
 
 def _compute_dtype(asked: str, config: Fields, device: Device) -> str:
@@ -207,7 +222,13 @@ def _some(names: Iterable[str]) -> str:
     return f"tensor{'s' if len(listed) > 1 else ''} {', '.join(listed[:SHOWN])}{more}"
 
 
-def _read(spec: ModelSpec, stored: list[_Stored], tensors: Mapping[Target, Tensor], progress: Progress | None) -> str:
+def _read(
+    spec: ModelSpec,
+    stored: list[_Stored],
+    tensors: Mapping[Target, Tensor],
+    device: Device,
+    progress: Progress | None,
+) -> str:
     """Fill `tensors`; returns the digest."""
     total = sum(one.bytes for one in stored)
     done = 0
@@ -219,7 +240,7 @@ def _read(spec: ModelSpec, stored: list[_Stored], tensors: Mapping[Target, Tenso
                 hashed = xxhash.xxh3_128_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy())
                 lines[one.plain] = f"{one.plain} {one.dtype} {list(one.slot.shape)} {hashed}"
                 target = tensors[one.slot.target]
-                target[one.slot.begin : one.slot.begin + one.slot.shape[0]].copy_(tensor)
+                device.copy_in(target[one.slot.begin : one.slot.begin + one.slot.shape[0]], tensor)
                 done += one.bytes
                 if progress is not None:
                     progress(done, total)
