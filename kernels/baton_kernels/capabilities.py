@@ -123,6 +123,8 @@ def of_device(device: torch.device) -> Capabilities:
     """
     if device.type == "cpu":
         return CPU
+    if device.type != "cuda":
+        raise ConfigError(f"kernels run on cpu and cuda devices, not on {device.type!r}", param="device")
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from baton_kernels import oracle
@@ -30,8 +30,8 @@ class Library:
         self._force = dict(force or {})
         self._lock = threading.Lock()
         self._bound: dict[tuple[str, object], Any] = {}
-        self._choices: list[Choice] = []
-        self._fallbacks: Counter[tuple[str, str]] = Counter()
+        self._choices: tuple[Choice, ...] = ()  # replaced, not changed: who reads does not wait for a compiler
+        self._fallbacks: Mapping[tuple[str, str], int] = {}
 
     def bind(self, family: Family[S, O], shape: S) -> O:
         """The operation for this shape, compiled. Unsupported, with every reason, when nothing can run."""
@@ -42,16 +42,14 @@ class Library:
             return held
 
     @property
-    def choices(self) -> list[Choice]:
+    def choices(self) -> Sequence[Choice]:
         """What was bound so far, in order."""
-        with self._lock:
-            return list(self._choices)
+        return self._choices
 
     @property
     def fallbacks(self) -> Mapping[tuple[str, str], int]:
         """(operation, implementation that runs instead) -> how often a slow path was taken or a compilation failed."""
-        with self._lock:
-            return dict(self._fallbacks)
+        return self._fallbacks
 
     def _first_that_compiles(self, family: Family[S, O], shape: S) -> O:
         failed: list[str] = []
@@ -65,9 +63,11 @@ class Library:
                 failed.append(f"{chosen.name}: {error}")
                 log.warning("a kernel does not compile", extra={"op": family.op, "why": str(error)})
                 continue
-            self._choices.append(choice)
+            choice = replace(choice, reason="; ".join([*failed, choice.reason]))
+            self._choices = (*self._choices, choice)
             if choice.slow or failed:
-                self._fallbacks[family.op, chosen.name] += 1
+                key = (family.op, chosen.name)
+                self._fallbacks = {**self._fallbacks, key: self._fallbacks.get(key, 0) + 1}
             say = log.warning if choice.slow else log.debug
             said = {"op": family.op, "shape": choice.label, "with": chosen.name, "why": choice.reason}
             say("kernel chosen", extra=said)

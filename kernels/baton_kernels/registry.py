@@ -89,7 +89,13 @@ class Family(Generic[S, O]):
     shapes: Callable[[Capabilities], Sequence[S]]  # compiled ahead of time in CI
     cases: Callable[[], Sequence[Case[S]]]
     expects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Kernel name -> kinds of instruction that its code must contain: matrix, descriptor (where the device has it)."""
+    """Name of a program, or of a kernel for all its programs -> kinds of instruction that its code must contain:
+    "matrix" (any), "widest matrix" (wgmma, tcgen05, mfma: the device's `matrix`), "descriptor" (a bulk copy, where the
+    device has it), "wide load" (16 bytes or more at a time)."""
+
+    def expected(self, program: Program) -> tuple[str, ...]:
+        """Kinds of instruction that the code of this program must contain."""
+        return self.expects.get(program.name, self.expects.get(program.kernel_name, ()))
 
     @property
     def reference(self) -> Implementation[S, O]:

@@ -25,6 +25,7 @@ Config = Mapping[str, int]
 
 OPTIONS = ("num_warps", "num_stages")
 ALIGNMENT_BYTES = 16
+TENSOR_MEMORY_COLUMNS = 512  # of one Blackwell multiprocessor
 TYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -65,9 +66,12 @@ class Program:
         constants: Mapping[str, object],
         config: Config,
         capabilities: Capabilities,
+        variant: str = "",
     ) -> None:
-        """`types`: the run-time parameters in order; `constants`: the rest in order, tile sizes too."""
-        self.name: str = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
+        """`types`: the run-time parameters in order; `constants`: the rest in order, tile sizes too. `variant` tells
+        programs of one operation apart that share a kernel: "decode", "extend"."""
+        self.kernel_name: str = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
+        self.name = f"{self.kernel_name}:{variant}" if variant else self.kernel_name
         self.capabilities = capabilities
         self.options = {name: config[name] for name in OPTIONS if name in config}
         self._kernel = kernel
@@ -83,7 +87,7 @@ class Program:
     def compile(self) -> Any:
         """Compile for the device's target, which need not be here. Returns Triton's CompiledKernel.
 
-        CompileFailed when Triton refuses, or when the kernel needs more shared memory than the device has.
+        CompileFailed when Triton refuses, or when the kernel needs more memory inside a unit than the device has.
         """
         if self._compiled is not None or INTERPRETED:
             return self._compiled
@@ -98,14 +102,14 @@ class Program:
             for index, text in enumerate(self._types.values())
             if text.startswith("*") and not text.endswith("~")
         }
-        source = ASTSource(
-            self._kernel,
-            signature=types | dict.fromkeys(self._constants, "constexpr"),
-            constexprs={(names.index(name),): value for name, value in self._constants.items()},
-            attrs=aligned,
-        )
         said = io.StringIO()  # a failing assembler prints the whole program
         try:
+            source = ASTSource(
+                self._kernel,
+                signature=types | dict.fromkeys(self._constants, "constexpr"),
+                constexprs={(names.index(name),): value for name, value in self._constants.items()},
+                attrs=aligned,
+            )
             with contextlib.redirect_stdout(said):
                 compiled = compile_kernel(source, target=self.capabilities.target, options=self.options)
         except Exception as error:  # Triton raises whatever its passes raise
@@ -115,6 +119,12 @@ class Program:
             raise CompileFailed(
                 f"{self.name} for {self.capabilities.name}: needs {compiled.metadata.shared} bytes of shared memory, "
                 f"the device has {self.capabilities.shared_bytes}"
+            )
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0  # NVIDIA's back end alone has it
+        if columns > TENSOR_MEMORY_COLUMNS:
+            raise CompileFailed(
+                f"{self.name} for {self.capabilities.name}: needs {columns} columns of tensor memory, "
+                f"the device has {TENSOR_MEMORY_COLUMNS}"
             )
         self._compiled = compiled
         return compiled
