@@ -1,4 +1,4 @@
-"""Choosing tokens: pure math on float32 logits [rows, vocab]; the CPU path and the oracle of later GPU kernels.
+"""Choosing tokens: pure math on float32 logits [rows, vocab]; the CPU path and the specification of the kernels.
 
 Order: repetition, presence and frequency penalties, bias and masks, (log-probabilities), temperature, top-k, top-p,
 min-p, noise. Truncation keeps every token whose logit reaches a threshold, so equal logits are kept or dropped
