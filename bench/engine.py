@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +18,7 @@ from baton_common.errors import BatonError
 from baton_common.ids import PageHash, PageId, RequestId
 from baton_engine.config import EngineConfig
 from baton_engine.engine import Engine
-from baton_engine.exec.device import Fence, open_device
+from baton_engine.exec.device import Device, Fence, open_device
 from baton_engine.models.families import parse_config
 from baton_engine.models.fields import Fields
 from baton_engine.models.loader import random_model
@@ -31,7 +32,8 @@ from bench.report import Report, Row
 PROMPT_TOKENS = 1024
 DECODE_CONTEXT = 128
 BATCHES = (1, 8, 32)
-BYTES = {"bfloat16": 2, "float32": 4}
+Dtype = Literal["bfloat16", "float32"]
+BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 
 
 class StopWatch:
@@ -64,16 +66,16 @@ class StopWatch:
 
 
 class Bench:
-    """One engine on random weights and the requests that measure it."""
+    """One engine on random weights of a model's shape and the requests that measure it. Closes its device."""
 
-    def __init__(self, dtype: str, threads: int) -> None:
-        spec = parse_config(Fields(QWEN3_0_6B, "Qwen3-0.6B shape"))
+    def __init__(self, shape: Mapping[str, Any], device: Device, config: EngineConfig) -> None:
+        spec = parse_config(Fields(shape, "benchmark shape"))
         self.watch = StopWatch()
-        self.device = open_device("cpu", threads=threads)
-        config = EngineConfig(dtype=dtype, context_tokens=2048, max_rows=64, step_tokens=1024, pages=256)
-        model = random_model(spec, seed=0, device=self.device, dtype=dtype)
-        self.engine = Engine(model, config, self.device, self.watch, SystemClock(), _crash)
+        self.device = device
+        model = random_model(spec, seed=0, device=device, dtype=config.dtype)
+        self.engine = Engine(model, config, device, self.watch, SystemClock(), _crash)
         self.engine.start()
+        self._vocab = spec.vocab_size
         self._random = random.Random(0)
         self._count = 0
 
@@ -83,7 +85,7 @@ class Bench:
 
     def submit(self, prompt_tokens: int, outputs: int) -> None:
         self._count += 1
-        prompt = [self._random.randrange(150_000) for _ in range(prompt_tokens)]
+        prompt = [self._random.randrange(self._vocab) for _ in range(prompt_tokens)]
         now_s = time.monotonic()
         self.engine.submit(
             Request(
@@ -107,27 +109,32 @@ class Bench:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    def decode_step_s(self, batch: int, steps: int) -> float:
-        """Median time between two steps in which all `batch` requests got a token."""
+    def decode_step_s(self, batch: int, steps: int, context: int) -> float:
+        """Median time between two steps in which all `batch` requests with prompts of `context` tokens got a token."""
         self.watch.steps.clear()
         for _ in range(batch):
-            self.submit(DECODE_CONTEXT, steps)
+            self.submit(context, steps)
         self.watch.wait(batch)
         full = [stamp for stamp, tokens in self.watch.steps if tokens == batch]
         gaps = sorted(after - before for before, after in itertools.pairwise(full))
         return gaps[len(gaps) // 2]
 
 
+def _on_cpu(dtype: Dtype, threads: int) -> Bench:
+    config = EngineConfig(dtype=dtype, context_tokens=2048, max_rows=64, step_tokens=1024, pages=256)
+    return Bench(QWEN3_0_6B, open_device("cpu", threads=threads), config)
+
+
 def _crash(error: BaseException, dump: Mapping[str, object]) -> None:
     raise SystemExit(f"the engine failed: {error}")
 
 
-def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) -> None:
+def measure(report: Report, dtype: Dtype, threads: int, *, quick: bool = False) -> None:
     """Adds one row for prefill and one per decode batch size."""
     torch_dtype = getattr(torch, dtype)
     shapes = linear_shapes(QWEN3_0_6B)
     weight_bytes = BYTES[dtype] * sum(out * into for out, into in shapes)
-    bench = Bench(dtype, threads)
+    bench = _on_cpu(dtype, threads)
     try:
         tflops = bench.device.run(lambda: gemm_tflops(torch_dtype))
         seconds = bench.prefill_s(PROMPT_TOKENS, 1 if quick else 2)
@@ -138,7 +145,7 @@ def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) ->
         )  # fmt: skip
         for batch in BATCHES:
             gbps = bench.device.run(partial(linear_gbps, shapes, batch, torch_dtype, repeats=1 if quick else 2))
-            step_s = bench.decode_step_s(batch, 8 if quick else 16)
+            step_s = bench.decode_step_s(batch, 8 if quick else 16, DECODE_CONTEXT)
             report.add(
                 Row(name=f"decode batch {batch}, {dtype}", value=batch / step_s, unit="tok/s",
                     ceiling=batch * gbps * 1e9 / weight_bytes, ceiling_name=f"F.linear at {gbps:.1f} GB/s", goal=0.60,
@@ -150,9 +157,9 @@ def measure(report: Report, dtype: str, threads: int, *, quick: bool = False) ->
         gc.collect()  # engine and role know each other: without this gigabytes wait for a collection of small objects
 
 
-def prefill_alone_s(dtype: str, *, threads: int, prompt_tokens: int) -> float:
+def prefill_alone_s(dtype: Dtype, *, threads: int, prompt_tokens: int) -> float:
     """What one engine without any service around it needs for a prompt: the ceiling of TTFT."""
-    bench = Bench(dtype, threads)
+    bench = _on_cpu(dtype, threads)
     try:
         return bench.prefill_s(prompt_tokens, 3)
     finally:

@@ -1,7 +1,7 @@
 """Offline configuration tables: one JSON file per operation, a table per architecture family and Triton version.
 
-A row says where its numbers come from: `compiled` (no spills, fits, never timed) or `swept` (fastest of a sweep on the
-device named). Nothing is tuned while serving.
+A table says how its rows were found: compiled (no spills, fits, never timed). A row that was the fastest of a sweep
+says so itself, in the table's `swept`, with device, date and versions. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def find(op: str, capabilities: Capabilities, label: str) -> Row:
     distance = lambda table: abs(_minor(table["triton"]) - (capabilities.triton or (3, 0))[1])  # noqa: E731
     table = min(own, key=distance) if own else tables[0]
     name = label if label in table["rows"] else DEFAULT
-    source = f"{table['family']}, Triton {table['triton']}, row {name}: {table['how']}"
+    how = table.get("swept", {}).get(name, table["how"])
+    source = f"{table['family']}, Triton {table['triton']}, row {name}: {how}"
     if not own:
         source = f"no table for {capabilities.family}; borrowed from {source}"
     return Row(config=table["rows"][name], source=source)
