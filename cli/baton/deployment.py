@@ -105,6 +105,7 @@ class Deployment:
             "listen": address,
             "worker-id": name,
             "device": self.device,
+            "device-sharers": None if self.device in (None, "cpu") else str(self.workers),
             "dtype": self.dtype,
             "kv-dtype": self.kv_dtype,
             "context-tokens": None if self.context_tokens is None else str(self.context_tokens),

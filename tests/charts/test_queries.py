@@ -32,7 +32,7 @@ def emitted() -> dict[str, frozenset[str]]:
     router.watch_workers(lambda: [("10.0.0.1:9000", "prefill", True)])
     TransferMetrics(transfer)
     stats = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
-    engine.register(EngineMetrics(lambda: SimpleNamespace(**stats), lambda: 0))  # type: ignore[arg-type,return-value]
+    engine.register(EngineMetrics(lambda: SimpleNamespace(**stats), lambda: 0, lambda: {("op", "torch"): 1}))  # type: ignore[arg-type,return-value]
     OperatorMetrics(operator)
     for registry in (router.registry, transfer, engine):
         found |= {name: labels | SCRAPED | OF_A_SERVICE for name, labels in series(registry)}

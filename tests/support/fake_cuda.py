@@ -13,6 +13,8 @@ from torch import Tensor
 from baton_common.clock import SystemClock
 from baton_engine.exec.cuda import CudaMemory, CudaStream, Patience
 from baton_engine.exec.device import Device
+from baton_kernels.capabilities import CPU
+from baton_kernels.library import Library
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def fake_device(cuda: FakeCuda) -> Device:
         torch_device=cuda.device,
         stream=CudaStream(cuda, patience),
         memory=CudaMemory(cuda, patience),
+        library=Library(CPU),
         native_bf16=True,
         kv_fraction=0.85,
     )

@@ -68,12 +68,13 @@ def test_load_counts_evictable_pages_as_free() -> None:
 def test_metrics_show_the_engine_as_it_is_at_the_scrape() -> None:
     registry = CollectorRegistry()
     current = [IDLE]
-    registry.register(EngineMetrics(lambda: current[0], lambda: 3))
+    registry.register(EngineMetrics(lambda: current[0], lambda: 3, lambda: {("attention", "torch"): 2}))
     current[0] = BUSY
     text = generate_latest(registry).decode()
     assert 'baton_engine_pages{state="leased"} 2.0' in text
     assert "baton_engine_steps_total 7.0" in text
     assert "baton_worker_handoffs_total 3.0" in text
+    assert 'baton_engine_kernel_fallbacks_total{op="attention",with="torch"} 2.0' in text
 
 
 def test_a_crash_dump_holds_the_engine_and_the_traceback(tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ class _Process:
         await service.serve(
             Parts(engine=house.engine, role=house.role, desk=desk, hello=house.hello, peers=_peers(house.endpoint))
         )
-        self._registry.register(EngineMetrics(house.engine.stats, house.role.handoffs))
+        library = house.device.library
+        self._registry.register(EngineMetrics(house.engine.stats, house.role.handoffs, lambda: library.fallbacks))
         self._serving = True
         log.info("ready", extra={"address": address, "peer": house.hello.peer_address, "worker": worker_id})
         await self._stop.wait()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -100,9 +100,15 @@ def resident_bytes() -> int:
 class EngineMetrics(Collector):
     """Reads the engine at each scrape; keeps nothing itself."""
 
-    def __init__(self, stats: Callable[[], EngineStats], handoffs: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        handoffs: Callable[[], int],
+        kernel_fallbacks: Callable[[], Mapping[tuple[str, str], int]],
+    ) -> None:
         self._stats = stats
         self._handoffs = handoffs
+        self._kernel_fallbacks = kernel_fallbacks
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
@@ -129,3 +135,9 @@ class EngineMetrics(Collector):
         ):
             pages.add_metric([owner], count)
         yield pages
+        fallbacks = CounterMetricFamily(
+            "baton_engine_kernel_fallbacks", "Operations that run on a slower kernel than planned", labels=["op", "with"]
+        )
+        for (op, instead), count in self._kernel_fallbacks().items():
+            fallbacks.add_metric([op, instead], count)
+        yield fallbacks

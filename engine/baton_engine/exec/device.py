@@ -20,6 +20,8 @@ from baton_common.clock import Clock, SystemClock
 from baton_common.errors import ConfigError
 from baton_engine.exec import cpu, cuda
 from baton_engine.exec.stream import Fence, Launch, Memory, Stream
+from baton_kernels.capabilities import of_device
+from baton_kernels.library import Library
 
 __all__ = ["Device", "Fence", "Launch", "Memory", "Stream", "open_device"]
 
@@ -38,6 +40,7 @@ class Device:
     torch_device: torch.device
     stream: Stream
     memory: Memory
+    library: Library  # kernels for it
     native_bf16: bool  # without it a bfloat16 product is emulated: five times slower than float32 on such a CPU
     kv_fraction: float  # of the available memory that a KV pool takes unless told otherwise
 
@@ -78,39 +81,54 @@ class Device:
         self.stream.close()
 
 
-def _open_cpu(index: int | None, threads: int | None, clock: Clock) -> Device:
-    if index is not None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What was asked for beside the kind of device."""
+
+    index: int | None
+    threads: int | None
+    clock: Clock
+    kernels: Mapping[str, str]
+
+
+def _open_cpu(order: _Order) -> Device:
+    if order.index is not None:
         raise ConfigError("the CPU is one device; use --device cpu", param="device")
     return Device(
         name="cpu",
-        torch_device=torch.device("cpu"),
-        stream=cpu.ThreadStream(threads, clock),
+        torch_device=(device := torch.device("cpu")),
+        stream=cpu.ThreadStream(order.threads, order.clock),
         memory=cpu.HostMemory(),
+        library=Library(of_device(device), force=order.kernels),
         native_bf16=cpu.native_bf16(),
         kv_fraction=0.25,  # the rest of the machine lives there too
     )
 
 
-def _open_cuda(index: int | None, threads: int | None, clock: Clock) -> Device:
-    api = cuda.TorchCuda(cuda.usable_index(index))
-    patience = cuda.Patience(clock)
+def _open_cuda(order: _Order) -> Device:
+    api = cuda.TorchCuda(cuda.usable_index(order.index))
+    patience = cuda.Patience(order.clock)
     return Device(
         name=str(api.device),
         torch_device=api.device,
         stream=cuda.CudaStream(api, patience),
         memory=cuda.CudaMemory(api, patience),
+        library=Library(of_device(api.device), force=order.kernels),
         native_bf16=api.native_bf16,
         kv_fraction=0.85,  # the rest is for activations
     )
 
 
-_OPENERS: Mapping[str, Callable[[int | None, int | None, Clock], Device]] = {"cpu": _open_cpu, "cuda": _open_cuda}
+_OPENERS: Mapping[str, Callable[[_Order], Device]] = {"cpu": _open_cpu, "cuda": _open_cuda}
 
 
-def open_device(name: str, *, threads: int | None = None, clock: Clock | None = None) -> Device:
+def open_device(
+    name: str, *, threads: int | None = None, clock: Clock | None = None, kernels: Mapping[str, str] | None = None
+) -> Device:
     """Device by name: cpu, cuda (the first GPU, of AMD too) or cuda:N.
 
     `threads`: size of the compute team on a CPU, None = torch's own choice. `clock`: the system's unless given.
+    `kernels`: operation -> implementation that is to be used instead of the chosen one.
     ConfigError for a name that is not in the table and for a GPU that cannot be used.
     """
     parts = re.fullmatch(r"(\w+)(?::(\d+))?", name)
@@ -121,4 +139,5 @@ def open_device(name: str, *, threads: int | None = None, clock: Clock | None = 
         )
     if threads is not None and threads < 1:
         raise ConfigError(f"a device needs at least one compute thread, got {threads}", param="threads")
-    return opener(None if parts[2] is None else int(parts[2]), threads, clock or SystemClock())
+    index = None if parts[2] is None else int(parts[2])
+    return opener(_Order(index=index, threads=threads, clock=clock or SystemClock(), kernels=kernels or {}))

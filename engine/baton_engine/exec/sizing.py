@@ -14,15 +14,15 @@ def kv_pages(
     config: EngineConfig, layout: PageLayout, context_tokens: int, *, available: int, device_fraction: float
 ) -> int:
     """Pages of the pool: `config.pages`, else `config.kv_bytes`, else what all rows could use, within a fraction of
-    `available` bytes: `config.kv_memory_fraction`, or the device's own where that is 0. ConfigError, naming the setting
-    and a number that works, when one context does not fit."""
+    `available` bytes: `config.kv_memory_fraction`, or this worker's part of the device's own where that is 0.
+    ConfigError, naming the setting and a number that works, when one context does not fit."""
     needed = -(-context_tokens // layout.page_tokens)
     page_bytes = layout.page_bytes
     if config.pages:
         return _checked(config.pages, needed, context_tokens, "pages", str(needed))
     if config.kv_bytes:
         return _checked(config.kv_bytes // page_bytes, needed, context_tokens, "kv_bytes", str(needed * page_bytes))
-    most = int(available * (config.kv_memory_fraction or device_fraction)) // page_bytes
+    most = int(available * (config.kv_memory_fraction or device_fraction / config.device_sharers)) // page_bytes
     fraction = needed * page_bytes / max(available, 1)
     if fraction < 0.9:
         remedy = f"{fraction + 0.005:.2f}"
