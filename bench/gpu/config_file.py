@@ -31,13 +31,14 @@ def write_rows(folder: Path, op: str, capabilities: Capabilities, rows: Mapping[
         table = {
             "family": capabilities.family,
             "triton": version,
-            "how": f"as for {near['family']} and Triton {near['triton']}: {near['how']}",
+            "how": near["how"],
             "rows": dict(near["rows"]),
+            "swept": dict(near.get("swept", {})),
         }
         tables.append(table)
     for label, config in rows.items():
         table["rows"][label] = dict(config)
-        table.setdefault("swept", {})[label] = provenance
+        table["swept"] = table.get("swept", {}) | {label: provenance}
     path.write_text(_text(document))
 
 
@@ -52,12 +53,12 @@ def _text(document: Mapping[str, Any]) -> str:
 
 
 def _table(table: Mapping[str, Any]) -> str:
-    if len(table["rows"]) == 1 and "swept" not in table:
+    if len(table["rows"]) == 1 and not table.get("swept"):
         return json.dumps(table)
     head = ", ".join(f"{json.dumps(name)}: {json.dumps(table[name])}" for name in ("family", "triton", "how"))
     parts = [head]
     for name in ("rows", "swept"):
-        if name in table:
+        if table.get(name):
             lines = ",\n".join(f"      {json.dumps(label)}: {json.dumps(row)}" for label, row in table[name].items())
             parts.append(f"{json.dumps(name)}: {{\n{lines}\n    }}")
     return "{" + ", ".join(parts) + "}"

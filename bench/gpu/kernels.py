@@ -123,15 +123,18 @@ class Benchmark:
         if row.held_bytes is not None and row.held_bytes + SPARE_BYTES > free:
             return replace(row, note=f"needs {row.held_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         began_s = self._clock()
-        library = Library(self._capabilities, force={one.family.op: row.implementation})
-        operation = library.bind(one.family, one.case.shape)
         made = sets(one.case, self._gpu.torch_device, row.held_bytes or one.case.traffic.bytes)
-        calls: list[Call] = [partial(operation, **call.arguments) for call in made]
+        calls: list[Call] = [partial(self._bound(one, row), **call.arguments) for call in made]
         spent_s = self._clock() - began_s
         assert row.floor_s is not None, "the plan was given its floors"
         timing = measure(self._gpu, calls, row.floor_s, max(budget_s - spent_s, budget_s / 4), self._clock)
         launch_s = self._gpu.launch_s(calls[0], LAUNCHES) if row.floor_s < GRAPHED_S else None
         return replace(row, timing=timing, launch_s=launch_s, note=_note(row.note, timing))
+
+    def _bound(self, one: Planned, row: KernelRow) -> Any:
+        """An operation for one set of inputs: it may hold what it planned for them, and a graph must not plan."""
+        library = Library(self._capabilities, force={one.family.op: row.implementation})
+        return library.bind(one.family, one.case.shape)
 
     def _broken(self) -> str:
         """Why nothing more can run; empty when the device still works."""

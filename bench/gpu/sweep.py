@@ -11,9 +11,9 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import exp, log
@@ -30,12 +30,14 @@ from baton_kernels.rt.program import CompileFailed, Config
 from bench.gpu.agreement import disagreement
 from bench.gpu.card import CudaGpu, Gpu, about
 from bench.gpu.ceilings import Ceilings, measure_ceilings
+from bench.gpu.combine import combined
 from bench.gpu.config_file import write_rows
 from bench.gpu.inputs import ROTATION_BYTES, make
 from bench.gpu.kernels import chosen_families
 from bench.gpu.timing import measure
 
-CASE_S = 0.3  # of timing per candidate and case
+CASE_S = 0.15  # of timing per candidate and case
+MOST_SETS = 16  # of inputs of one case
 CLEARLY = 0.99  # of the shipped configuration's time: a smaller gain is noise
 SHIPPED_FOLDER = Path(configs.__file__).parent
 
@@ -85,7 +87,10 @@ def tasks(families: Sequence[Family[Any, Any]], capabilities: Capabilities) -> l
                 if any(implementation.refuses(capabilities, case.shape) for case in cases):
                     continue
                 shipped = configs.find(family.op, capabilities, label).config
-                others = [one for one in implementation.configs(capabilities, cases[0].shape) if one != shipped]
+                distinct: list[Config] = [shipped]
+                for one in implementation.configs(capabilities, cases[0].shape):
+                    if one not in distinct:
+                        distinct.append(one)
                 found.append(
                     Task(
                         op=family.op,
@@ -93,7 +98,7 @@ def tasks(families: Sequence[Family[Any, Any]], capabilities: Capabilities) -> l
                         label=label,
                         cases=cases,
                         shipped=shipped,
-                        candidates=(shipped, *others),
+                        candidates=tuple(distinct),
                     )
                 )
     return found
@@ -142,35 +147,70 @@ def told(task: Task, one: Pruned) -> str:
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------------------------
+class Race:
+    """The candidates of one task on one GPU."""
+
+    def __init__(self, task: Task, capabilities: Capabilities, gpu: Gpu, ceilings: Ceilings) -> None:
+        self._task = task
+        self._gpu = gpu
+        self._ceilings = ceilings
+        self._bind = partial(task.implementation.bind, capabilities)
+        self._agreeing: list[Config] = []
+        self.costs: list[tuple[Config, float]] = []  # logarithm of time over floor, mean over the cases
+
+    def run(self, candidates: Sequence[Config]) -> None:
+        """Time those that agree with the first one ever given: the shipped one, unless that does not compile."""
+        agreeing = [config for config in candidates if self._agrees(config)]
+        logs = [0.0] * len(agreeing)
+        for case in self._task.cases:
+            floor_s, _ = self._ceilings.floor(case.traffic)
+            count = min(max(1, ROTATION_BYTES // max(case.traffic.bytes, 1)), MOST_SETS)
+            made = [make(case, self._gpu.torch_device, seed) for seed in range(count)]
+            for index, config in enumerate(agreeing):
+                calls = [partial(self._bind(case.shape, config), **call.arguments) for call in made]
+                timing = measure(self._gpu, calls, floor_s, CASE_S)
+                logs[index] += log(timing.p50_s / floor_s) / len(self._task.cases)
+                print(f"  {case.name} {dict(config)}: {timing.p50_s * 1e6:.1f} µs, {floor_s / timing.p50_s:.2f}")
+            del made
+            self._gpu.free_bytes()
+        self.costs += zip(agreeing, logs, strict=True)
+
+    def won(self) -> Won | None:
+        """The fastest, or the shipped one when that is as good. None when nothing ran."""
+        if not self.costs:
+            return None
+        config, cost = min(self.costs, key=lambda one: one[1])
+        if self.costs[0][0] == self._task.shipped and exp(cost - self.costs[0][1]) > CLEARLY:
+            config, cost = self.costs[0]
+        return Won(config=config, fraction=exp(-cost), timed=len(self.costs))
+
+    def _agrees(self, config: Config) -> bool:
+        if self._agreeing:
+            case, device = self._task.cases[0], self._gpu.torch_device
+            if why := disagreement(case, self._bind, self._agreeing[0], config, device):
+                print(f"  wrong {dict(config)}: {why}")
+                return False
+        self._agreeing.append(config)
+        return True
+
+
 def sweep(
-    task: Task, survivors: Sequence[Config], capabilities: Capabilities, gpu: Gpu, ceilings: Ceilings
+    task: Task,
+    survivors: Sequence[Config],
+    capabilities: Capabilities,
+    gpu: Gpu,
+    ceilings: Ceilings,
+    fits: Callable[[Config], bool],
 ) -> Won | None:
-    """Times every survivor that agrees with the first one. None when nothing is left."""
-    bind = partial(task.implementation.bind, capabilities)
-    agreeing: list[Config] = []
-    for config in survivors:
-        if agreeing and (why := disagreement(task.cases[0], bind, agreeing[0], config, gpu.torch_device)):
-            print(f"  wrong {config}: {why}")
-            continue
-        agreeing.append(config)
-    logs = [0.0] * len(agreeing)  # of time over floor
-    for case in task.cases:
-        floor_s, _ = ceilings.floor(case.traffic)
-        count = min(max(1, ROTATION_BYTES // max(case.traffic.bytes, 1)), 16)
-        made = [make(case, gpu.torch_device, seed) for seed in range(count)]
-        for index, config in enumerate(agreeing):
-            operation = bind(case.shape, config)
-            timing = measure(gpu, [partial(operation, **call.arguments) for call in made], floor_s, CASE_S)
-            logs[index] += log(timing.p50_s / floor_s) / len(task.cases)
-            print(f"  {case.name} {dict(config)}: {timing.p50_s * 1e6:.1f} µs, {floor_s / timing.p50_s:.2f}")
-        del made
-        gpu.free_bytes()
-    if not agreeing:
-        return None
-    best = min(range(len(agreeing)), key=logs.__getitem__)
-    if agreeing[0] == task.shipped and exp(logs[best] - logs[0]) > CLEARLY:
-        best = 0
-    return Won(config=agreeing[best], fraction=exp(-logs[best]), timed=len(agreeing))
+    """The winner among the survivors and, where fields were varied in groups, what the winners of the groups give
+    together, if that fits. None when no candidate is left."""
+    race = Race(task, capabilities, gpu, ceilings)
+    race.run(survivors)
+    grid = [(config, cost) for config, cost in race.costs if config != task.shipped]
+    joined = combined(grid)
+    if joined is not None and joined not in [config for config, _ in race.costs] and fits(joined):
+        race.run([joined])
+    return race.won()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,7 +256,11 @@ def _sweep_all(
             print(f"{task.op} {task.label}: the time is up")
             continue
         survivors = [one.config for one in pruned(task, capabilities, pool) if not one.dropped]
-        won = sweep(task, survivors, capabilities, gpu, ceilings)
+
+        def fits(config: Config, task: Task = task) -> bool:
+            return not pruned(replace(task, candidates=(config,)), capabilities, pool)[0].dropped
+
+        won = sweep(task, survivors, capabilities, gpu, ceilings, fits)
         if won is None:
             print(f"{task.op} {task.label}: no candidate is left")
             continue

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.host_gpu import HostGpu
 
-from baton_kernels.capabilities import CPU, named
+from baton_kernels.capabilities import CPU
 from baton_kernels.families import FAMILIES
 from baton_kernels.registry import Call, Case, Family, Implementation, Traffic, anywhere
 from bench.gpu.ceilings import Ceilings
@@ -57,7 +57,7 @@ def family(*cases, operation=Doubling, optional=None):
     return Family(op="double", implementations=tuple(implementations), shapes=lambda _: [], cases=lambda: cases)
 
 
-def ran(*families, gpu=None, budget_s=5.0, clock=None, path=None):
+def ran(*families, gpu=None, budget_s=0.3, clock=None, path=None):
     report = KernelReport(provenance={"device": "host"}, settings={}, path=path, out=io.StringIO())
     report.begin({"copy_gbps": 10.0})
     keywords = {} if clock is None else {"clock": clock}
@@ -173,23 +173,18 @@ def test_the_document_is_whole_after_every_row(tmp_path):
 
 
 # ---- dry run --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("target", ["sm_90", "gfx950"])
-def test_a_dry_run_plans_every_large_case_of_every_family(target, tmp_path, capsys):
+def test_a_dry_run_plans_every_large_case_of_every_family(tmp_path, capsys):
+    target = "gfx950"
     path = tmp_path / "dry.json"
     assert main(["--dry-run", "--target", target, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     large = {(one.op, case.name) for one in FAMILIES for case in one.cases() if case.bench}
     assert {(row["op"], row["case"]) for row in document["rows"]} == large
+    assert all(row["implementation"] and row["note"] for row in document["rows"])
     assert {row["verdict"] for row in document["rows"]} == {"not run"}
     assert document["provenance"]["device"] == f"none: dry run for {target}"
     assert {"torch", "triton", "commit", "date"} <= document["provenance"].keys()
     assert "ceilings: not run" in capsys.readouterr().out
-
-
-def test_the_plan_says_what_runs_and_why():
-    for one in plan(FAMILIES, named("sm_90"), torch.device("cuda")):
-        assert one.row.implementation or not one.runs
-        assert one.row.note
 
 
 def test_an_operation_that_does_not_exist_is_refused():

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.host_gpu import HostGpu
+from support.host_gpu import ScriptedGpu
 
 from baton_kernels import configs
 from baton_kernels.capabilities import named
@@ -18,11 +18,13 @@ from baton_kernels.rt.program import CompileFailed
 from bench.gpu import sweep as sweeping
 from bench.gpu.agreement import disagreement
 from bench.gpu.ceilings import Ceilings
+from bench.gpu.combine import combined
 from bench.gpu.config_file import write_rows
 from bench.gpu.sweep import Task, Won, provenance, prune, sweep, tasks, told
 
 HOPPER = named("sm_90")
 HERE = torch.device("cpu")
+CEILINGS = Ceilings(copy_gbps=1e-3, bf16_tflops=1.0)
 
 
 class Shape:
@@ -40,7 +42,7 @@ def case(name="case", elements=64):
 
 
 class Doubling:
-    """Repeats its work SLOW times; wrong where WRONG."""
+    """Takes SLOW + MORE hundredths of a second on a scripted GPU; wrong where WRONG."""
 
     programs = ()
 
@@ -48,10 +50,10 @@ class Doubling:
         self._config = config
 
     def __call__(self, x, out):
-        for _ in range(self._config.get("SLOW", 1)):
-            torch.mul(x, 3.0 if self._config.get("WRONG") else 2.0, out=out)
+        torch.mul(x, 3.0 if self._config.get("WRONG") else 2.0, out=out)
         if self._config.get("LEAVES_OUT"):
             out[3] = float("nan")
+        return 0.01 * (self._config.get("SLOW", 1) + self._config.get("MORE", 0))
 
 
 def task(*candidates, shipped):
@@ -119,7 +121,7 @@ def test_a_dry_run_says_what_is_kept_and_what_is_dropped():
 # ---- the winner -----------------------------------------------------------------------------------------------------
 def swept(monkeypatch, one):
     monkeypatch.setattr(sweeping, "CASE_S", 0.01)
-    return sweep(one, one.candidates, HOPPER, HostGpu(), Ceilings(copy_gbps=1.0, bf16_tflops=1.0))
+    return sweep(one, one.candidates, HOPPER, ScriptedGpu(), CEILINGS, lambda config: True)
 
 
 def test_the_fastest_candidate_wins(monkeypatch):
@@ -138,7 +140,33 @@ def test_a_fast_candidate_with_another_result_is_not_timed(monkeypatch, capsys):
 
 
 def test_nothing_wins_when_nothing_compiles(monkeypatch):
-    assert sweep(task(shipped={}), [], HOPPER, HostGpu(), Ceilings(copy_gbps=1.0, bf16_tflops=1.0)) is None
+    assert sweep(task(shipped={}), [], HOPPER, ScriptedGpu(), CEILINGS, lambda config: True) is None
+
+
+def test_fields_that_vary_together_are_one_group_and_the_winners_of_groups_are_joined():
+    base = {"A": 1, "B": 1, "C": 1, "D": 1}
+    grid = [
+        (base | {"A": 2}, 5.0), (base | {"A": 2, "B": 2}, 3.0), (base | {"B": 2}, 4.0),
+        (base | {"C": 2}, 9.0), (base | {"C": 3}, 7.0), (base, 8.0), (base | {"D": 2}, 8.5),
+    ]  # fmt: skip
+    assert combined(grid) == {"A": 2, "B": 2, "C": 3, "D": 1}
+
+
+def test_a_whole_grid_is_one_group():
+    grid = [({"A": a, "B": b}, float(a + b)) for a in (1, 2, 3) for b in (1, 2)]
+    assert combined(grid) is None
+    assert combined([]) is None
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_joined_winner_is_timed_too_unless_it_does_not_fit(monkeypatch, fits):
+    monkeypatch.setattr(sweeping, "CASE_S", 0.01)
+    base = {"SLOW": 40, "MORE": 40}
+    grid = [base, base | {"SLOW": 1}, base | {"MORE": 1}, base | {"SLOW": 39}, base | {"MORE": 39}]
+    one = task(*grid, shipped=base)
+    won = sweep(one, one.candidates, HOPPER, ScriptedGpu(), CEILINGS, lambda config: fits)
+    assert (won.config == {"SLOW": 1, "MORE": 1}) == fits
+    assert won.timed == len(grid) + fits
 
 
 @pytest.mark.parametrize(
@@ -177,11 +205,12 @@ def test_a_swept_row_carries_its_own_provenance(monkeypatch, folder):
     assert found(monkeypatch, folder, with_triton(7), "other").source.endswith("row default: compiled, not timed")
 
 
-def test_another_triton_gets_a_table_of_its_own_that_says_where_its_other_rows_are_from(monkeypatch, folder):
+def test_another_triton_gets_a_table_of_its_own_with_the_rows_of_the_nearest(monkeypatch, folder):
+    write_rows(folder, "double", with_triton(7), {"w32": {"num_warps": 1}}, "swept in May with Triton 3.7")
     write_rows(folder, "double", with_triton(6), {"w64": {"num_warps": 2}}, "swept")
     assert found(monkeypatch, folder, with_triton(6), "w64").source == "hopper, Triton 3.6, row w64: swept"
-    borrowed = found(monkeypatch, folder, with_triton(6), "other").source
-    assert borrowed == "hopper, Triton 3.6, row default: as for hopper and Triton 3.7: compiled, not timed"
+    taken_over = found(monkeypatch, folder, with_triton(6), "w32").source
+    assert taken_over == "hopper, Triton 3.6, row w32: swept in May with Triton 3.7"
     assert found(monkeypatch, folder, with_triton(7), "w64").config == {"num_warps": 8}
     tables = json.loads((folder / "double.json").read_text())["tables"]
     assert [table["family"] for table in tables] == ["hopper", "cdna3", "hopper"]
