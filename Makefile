@@ -15,14 +15,15 @@ BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/baton_proto/*.proto)
 STUBS := proto/baton_proto/worker_pb2.py
 
-.PHONY: help up down install test e2e lint bench lock chart images clean
+.PHONY: help up down install test kernels e2e lint bench lock chart images clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make up      install what is missing, start router + prefill + decode, return when they serve"
 	@echo "             PORT=$(PORT) NAME=$(NAME) MODEL=folder-or-hub-name UP='more flags of baton up'"
 	@echo "make down    stop them (NAME=$(NAME))"
-	@echo "make test    the test suite (TESTS=tests/cli for one room)"
+	@echo "make test    the test suite with make kernels (TESTS=tests/cli for one room)"
+	@echo "make kernels GPU kernels without a GPU: interpreted against their references, compiled on each supported Triton"
 	@echo "make e2e     the story on a real cluster: KUBECONFIG, else the test cluster kit, else kind (E2E='-k operator')"
 	@echo "make lint    ruff, mypy, import rings, the torch-free rooms, sizes and settings"
 	@echo "make bench   value, ceiling and fraction of each figure on this machine"
@@ -58,6 +59,13 @@ test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not process and not cluster" $(TESTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m process $(TESTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs $(TESTS)
+	@$(if $(filter tests tests/kernels%,$(TESTS)),$(MAKE) --no-print-directory kernels)
+
+# Two ways that cannot share a process with each other or with the other tests: Triton decides at its import.
+kernels: install
+	@$(BIN)/python tools/tritons.py
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpret tests
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/compile_kernels.py
 
 e2e: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs --durations=10 e2e $(E2E)

@@ -64,9 +64,7 @@ def missing(expected: Sequence[str], capabilities: Capabilities, code: Mapping[s
         "wide load": WIDE_LOAD,
     }
     return tuple(
-        f"{name} ({patterns[name]})"
-        for name in expected
-        if patterns[name] and not any(re.fullmatch(patterns[name], kind) for kind in code)
+        name for name in expected if patterns[name] and not any(re.fullmatch(patterns[name], kind) for kind in code)
     )
 
 

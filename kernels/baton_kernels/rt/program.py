@@ -25,6 +25,7 @@ Config = Mapping[str, int]
 
 OPTIONS = ("num_warps", "num_stages")
 ALIGNMENT_BYTES = 16
+SAID = 240  # characters of a compiler's message that are passed on
 TENSOR_MEMORY_COLUMNS = 512  # of one Blackwell multiprocessor
 TYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
@@ -113,7 +114,9 @@ class Program:
             with contextlib.redirect_stdout(said):
                 compiled = compile_kernel(source, target=self.capabilities.target, options=self.options)
         except Exception as error:  # Triton raises whatever its passes raise
-            why = " ".join(str(error).split())[:200] or type(error).__name__
+            why = " ".join(str(error).split()) or type(error).__name__
+            if len(why) > SAID:  # where it is comes first, then much source text, what is wrong last
+                why = f"{why[: SAID // 4]} … {why[-SAID * 3 // 4 :]}"
             raise CompileFailed(f"{self.name} for {self.capabilities.name}: {why}") from error
         if compiled.metadata.shared > self.capabilities.shared_bytes:
             raise CompileFailed(
