@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton_kernels.attention.reference import Scores, paged_attention, plan_attention, write_kv
+from baton_kernels.attention.reference import paged_attention, plan_attention, write_kv
+from baton_kernels.attention.shape import Scores
 
 PAGE = 16
 HEADS, GROUP, DIM = 2, 3, 8
