@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-WireChoice = Literal["auto", "shm", "tcp"]
+WireChoice = Literal["auto", "shm", "tcp", "nixl", "mooncake"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class TransferConfig:
         str, Field(description="host that peers should dial, when it is not the one of `listen` (pod address)")
     ] = ""
     wire: Annotated[
-        WireChoice, Field(description="auto = shm when both workers share a host, else tcp; shm or tcp insist")
+        WireChoice,
+        Field(description="auto = shm on one host, else nixl where both ends have RDMA, else tcp; a name insists"),
     ] = "auto"
     slot_bytes: Annotated[
         int,

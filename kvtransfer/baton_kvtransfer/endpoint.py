@@ -111,6 +111,7 @@ class KvEndpoint:
         for link in links:
             if not link.join(_JOIN_S):
                 log.error("a transfer thread did not end", extra={"peer": link.info().worker_id})
+        self._local.transport.close()
         for transfer_id in self._expected.ids():
             self._fail(transfer_id, Aborted("this endpoint was closed", kind=ErrorKind.DRAINING))
 

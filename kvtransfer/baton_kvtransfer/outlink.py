@@ -18,8 +18,9 @@ from baton_kvtransfer.protocol import PROTOCOL_VERSION
 from baton_kvtransfer.records import Receipt
 from baton_kvtransfer.sending import Ended, Push, Sender
 from baton_kvtransfer.transfer import Command, Transfer
-from baton_kvtransfer.transport import Dialed, host_id
+from baton_kvtransfer.transport import Dialed
 from baton_kvtransfer.wires import Reach
+from baton_kvtransfer.wires.choice import host_id
 from baton_proto.common_pb2 import ERROR_KIND_OVERLOADED
 from baton_proto.peer_pb2 import PeerHello, PeerMessage, PeerRefused, PeerWelcome
 
@@ -37,6 +38,7 @@ class OutLink(Link):
         self._peer_incarnation = incarnation
         self._transfers: dict[TransferId, Transfer] = {}
         self._reach: Reach | None = None
+        self._flying: dict[int, Push] = {}  # by slot: written by the wire, header not sent
         self._gauged_slots = 0
         self._sender = Sender(layout=local.layout, slot_bytes=local.config.slot_bytes, timers=local.timers)
 
@@ -95,7 +97,7 @@ class OutLink(Link):
             )
         if not 0 < len(welcome.slots) <= MAX_SLOTS or not 0 < welcome.slot_bytes <= MAX_SLOT_BYTES:
             raise WireError(f"the peer offers {len(welcome.slots)} slots of {welcome.slot_bytes} bytes", phase="hello")
-        self._reach = wire.reach(welcome, dialed.channel)
+        self._reach = wire.reach(welcome, dialed.channel, self._waker.wake)
         self._sender.connected(
             peer=welcome.worker_id,
             wire=welcome.wire,
@@ -127,6 +129,9 @@ class OutLink(Link):
         return True
 
     def _work(self, channel: Channel) -> bool:
+        assert self._reach is not None, "set by the handshake"
+        for index in self._reach.settled(channel):
+            self._pushed(self._flying.pop(index))
         push = self._sender.next_push()
         if push is None:
             return False
@@ -146,7 +151,12 @@ class OutLink(Link):
         finally:
             transfer.gate.leave()
         push.chunk.digest = digest(push.chunk, window)
-        self._reach.push(channel, PeerMessage(chunk=push.chunk), window)
+        if self._reach.push(channel, PeerMessage(chunk=push.chunk), window):
+            self._pushed(push)
+        else:
+            self._flying[push.chunk.slot.index] = push
+
+    def _pushed(self, push: Push) -> None:
         self._sender.pushed(push, self._local.clock.now())
         self._bytes += push.chunk.bytes
         metrics = self._local.metrics

@@ -52,6 +52,7 @@ class Sender:
         self._alive_s = 0.0
         self._transfers: dict[TransferId, Outgoing] = {}
         self._turns: dict[TransferId, None] = {}  # an ordered set: who may have a chunk to send
+        self._flying: dict[int, TransferId] = {}  # slot -> whose chunk is under way into it
         self.messages: deque[PeerMessage] = deque()  # to be sent, in order
         self.ended: deque[Ended] = deque()  # to be told
 
@@ -157,6 +158,7 @@ class Sender:
             transfer.bytes += block.bytes(self._layout)
         slot = self._credits.take()
         assert slot is not None, "next_push looked"
+        self._flying[slot.index] = transfer.order.transfer_id
         chunk = Chunk(
             transfer_id=transfer.order.transfer_id,
             sequence=sequence,
@@ -172,6 +174,8 @@ class Sender:
         return Push(order=transfer.order, block=block, chunk=chunk)
 
     def pushed(self, push: Push, now_s: float) -> None:
+        """The chunk and its header are out. Several may be under way at once, and end in any order."""
+        del self._flying[push.chunk.slot.index]
         self._progress_s = now_s
         transfer = self._live(push.order.transfer_id)
         if transfer is None:
@@ -183,10 +187,12 @@ class Sender:
 
     def unpushed(self, push: Push) -> None:
         """The gate was closed before anything was written: the owner's abort is on its way here."""
+        del self._flying[push.chunk.slot.index]
         self._credits.put_back(push.chunk.slot)
 
     def _perhaps_sent(self, transfer: Outgoing, now_s: float) -> None:
-        nothing_left = transfer.pending.empty and not transfer.again
+        flying = transfer.order.transfer_id in self._flying.values()
+        nothing_left = transfer.pending.empty and not transfer.again and not flying
         if transfer.state is SendState.SENDING and transfer.first is not None and nothing_left:
             transfer.advance(SendState.SENT)
             transfer.answer_s = now_s + self._timers.answer_s
@@ -283,7 +289,9 @@ class Sender:
         if now_s >= self._alive_s:
             self._alive_s = now_s + self._timers.alive_s
             held = [t.order.transfer_id for t in self._transfers.values() if t.state is not SendState.ABORTING]
-            self._say(PeerMessage(alive=Alive(transfer_ids=held, slots=self._credits.missed())))
+            # a slot that is still being written must not be credited anew: the old write would hit the next chunk
+            missed = [slot for slot in self._credits.missed() if slot.index not in self._flying]
+            self._say(PeerMessage(alive=Alive(transfer_ids=held, slots=missed)))
         for transfer in list(self._transfers.values()):
             self._tick(transfer, now_s)
 

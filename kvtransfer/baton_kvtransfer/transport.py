@@ -2,19 +2,17 @@
 
 An address is `tcp://host:port?unix=<name>&host=<host id>`. The unix socket is abstract: reachable from the same network
 namespace, gone with its process, no file to clean up. A host id names the running kernel and that namespace, so equal
-ids mean that the unix socket can be reached and descriptors can be passed.
+ids mean that the unix socket can be reached and descriptors can be passed. Which wires run over them: `wires/choice.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import socket
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -23,8 +21,7 @@ from baton_kvtransfer.config import TransferConfig
 from baton_kvtransfer.errors import PeerGone, WireError
 from baton_kvtransfer.protocol import ALIVE_MISSES
 from baton_kvtransfer.wires import Wire
-from baton_kvtransfer.wires.shm import ShmWire
-from baton_kvtransfer.wires.tcp import TcpWire
+from baton_kvtransfer.wires.choice import choose, has_rdma, host_id
 
 _PENDING = 128
 _PEERCRED = struct.Struct("3i")
@@ -60,6 +57,9 @@ class Transport(Protocol):
     def dial(self, address: str) -> Dialed:
         """Blocks up to the connect timeout. Raises PeerGone, or WireError for an address that makes no sense."""
 
+    def close(self) -> None:
+        """All links are over: closes the wires. Idempotent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
@@ -86,30 +86,16 @@ class Address:
         return f"tcp://{host}:{self.port}" + (f"?{urlencode(more)}" if more else "")
 
 
-def host_id() -> str:
-    """ "" where the system cannot tell, or cannot share memory this way; then only tcp is used."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        namespace = os.readlink("/proc/self/ns/net")
-    except OSError:
-        return ""
-    return hashlib.blake2b(f"{boot}/{namespace}".encode(), digest_size=8).hexdigest()
-
-
 class SocketTransport:
-    """The real one: tcp, and a unix socket beside it unless the settings insist on tcp."""
+    """The real one: a tcp socket, and a unix socket beside it unless the settings insist on tcp."""
 
-    def __init__(self, config: TransferConfig) -> None:
+    def __init__(self, config: TransferConfig, *, rdma: bool | None = None) -> None:
+        """`rdma`: are there devices; None = look. Raises WireError for a wire that was asked for and cannot be had."""
         self._config = config
         self._host_id = "" if config.wire == "tcp" else host_id()
-        if config.wire == "shm" and not self._host_id:
-            raise WireError("wire is set to shm, but this system has no shared memory for it; use auto or tcp")
-        wires: dict[str, Wire] = {}
-        if self._host_id:
-            wires["shm"] = ShmWire()
-        if config.wire != "shm":
-            wires["tcp"] = TcpWire()
-        self.wires: Mapping[str, Wire] = wires
+        choice = choose(config, rdma=has_rdma() if rdma is None else rdma)
+        self.wires: Mapping[str, Wire] = choice.wires
+        self._skipped = choice.skipped
 
     def listen(self) -> SocketListener:
         return SocketListener(self._config, self._host_id, self._channel)
@@ -118,22 +104,37 @@ class SocketTransport:
         stall_s = self._config.alive_interval_s * ALIVE_MISSES
         return SocketChannel(sock, max_payload_bytes=self._config.slot_bytes, stall_s=stall_s)
 
+    def close(self) -> None:
+        for wire in self.wires.values():
+            wire.close()
+
     def dial(self, address: str) -> Dialed:
         target = Address.parse(address)
         shared = bool(self._host_id) and target.host_id == self._host_id and bool(target.unix)
+        insists = self._config.wire if self._config.wire != "auto" else ""
+        where = "same host" if shared else "another host, or the peer is set to tcp"
         if shared:
             try:
                 channel = self._channel(self._connect_unix(target))
-                return Dialed(channel=channel, wires=tuple(self.wires), reason="same host")
+                return Dialed(channel=channel, wires=self._offered(shared=True), reason=self._why(where, shared=True))
             except PeerGone as error:
-                if self._config.wire == "shm":
+                if insists == "shm":
                     raise
-                reason = f"same host, but {error.message}"
-        elif self._config.wire == "shm":
+                where = f"same host, but {error.message}"
+        elif insists == "shm":
             raise WireError(f"wire is set to shm, but the peer at {target.host}:{target.port} is on another host")
-        else:
-            reason = "wire is set to tcp" if self._config.wire == "tcp" else "another host, or the peer is set to tcp"
-        return Dialed(channel=self._channel(self._connect_tcp(target)), wires=("tcp",), reason=reason)
+        channel = self._channel(self._connect_tcp(target))
+        return Dialed(channel=channel, wires=self._offered(shared=False), reason=self._why(where, shared=False))
+
+    def _offered(self, *, shared: bool) -> tuple[str, ...]:
+        return tuple(name for name, wire in self.wires.items() if shared or not wire.caps.same_host)
+
+    def _why(self, where: str, *, shared: bool) -> str:
+        if self._config.wire != "auto":
+            return f"wire is set to {self._config.wire}"
+        if shared or "nixl" not in self._skipped:
+            return where
+        return f"{where}; nixl is left out: {self._skipped['nixl']}"
 
     def _connect_unix(self, target: Address) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

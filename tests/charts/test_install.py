@@ -180,8 +180,9 @@ def test_apply_is_answered_by_the_webhook_of_the_release(world: World) -> None:
         words = ("apply", "--dry-run=server", "-f", "-")
         return world.cluster.kubectl(*words, stdin=json.dumps(item), check=False)
 
-    refused = "denied the request: NotSupported: the nixl wire"
-    world.cluster.wait_until("a refusal", lambda: refused in apply(transport={"wire": "nixl"}), timeout_s=180)
+    refused = "denied the request: NotSupported: prefill wants"
+    unfit = {"profile": "h200", "parallelism": {"tensor": 2}}
+    world.cluster.wait_until("a refusal", lambda: refused in apply(**unfit), timeout_s=180)
     assert "Warning: there is no AcceleratorProfile h100; create it" in apply(profile="h100")
     assert "Warning" not in apply()
     data, bundle = world.webhook()

@@ -6,7 +6,7 @@ import threading
 from random import Random
 
 import pytest
-from support.kv_world import World, eventually, no_kv_threads
+from support.kv_world import World, eventually, no_kv_threads, setting
 
 from baton_common.errors import BatonError
 from baton_kvtransfer import FirstToken, KvEndpoint, Receipt, TransferConfig
@@ -20,7 +20,7 @@ ABORTS = 500
 def chaotic(wire: str, *, seed: int = 0, alive_interval_s: float = 0.1, **faults: float) -> World:
     """Quick heartbeats, so that what was lost is repeated soon; silence is judged as late as ever."""
     config = TransferConfig(
-        wire="tcp" if wire == "tcp" else "auto",
+        wire=setting(wire),
         slot_bytes=4096,
         slots_per_peer=4,
         alive_interval_s=alive_interval_s,

@@ -19,7 +19,8 @@ from baton_common.errors import ErrorKind
 from baton_kvtransfer import Receipt, TransferConfig
 from baton_kvtransfer.channel import SocketChannel
 from baton_kvtransfer.errors import LayoutMismatch, NoSlots, PeerGone, StalePeer, WireError
-from baton_kvtransfer.transport import Address, host_id
+from baton_kvtransfer.transport import Address
+from baton_kvtransfer.wires.choice import host_id
 from baton_proto.common_pb2 import Compat
 from baton_proto.peer_pb2 import Alive, Chunk, PeerHello, PeerMessage, Reserve, Slot
 

@@ -55,7 +55,6 @@ async def test_an_autoscaled_pool_without_an_autoscaler_is_worth_no_word(gate: G
     ("spec", "reason"),
     [
         ({"profile": "bare", "parallelism": {"tensor": 2}}, "NotSupported"),
-        ({"transport": {"wire": "nixl"}}, "NotSupported"),
         ({"prefill": OTHER_PAGES, "decode": SMALL_PAGES}, "KvMismatch"),
         ({"model": {"uri": "baton://demo", "kvDtype": "wrong"}}, "InvalidSpec"),
     ],
@@ -113,7 +112,7 @@ async def test_a_profile_that_is_not_there_or_is_at_fault_itself_is_a_warning(ga
 
 
 async def test_a_service_that_is_bad_already_can_still_be_labelled_released_and_deleted(gate: Gate) -> None:
-    bad = service_object(transport={"wire": "nixl"})
+    bad = service_object(profile="bare", parallelism={"tensor": 2})
     labelled = {**bad, "metadata": {**bad["metadata"], "labels": {"a": "b"}, "finalizers": []}}
     assert await gate.apply(labelled, bad) == Verdict()
     going = {**bad, "metadata": {**bad["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}}

@@ -203,8 +203,6 @@ MISTAKES = [
             ("no AcceleratorProfile absent", "create it", "tiny"), made=(profile("absent", nowhere="true"),)),
     Mistake("tensor", spec(profile="h200", parallelism={"tensor": 8}), "Accepted", "NotSupported",
             ("set parallelism.tensor to 1",), mended=spec(profile="h200")),
-    Mistake("wire", spec(transport={"wire": "nixl"}), "Accepted", "NotSupported",
-            ("set transport.wire to auto or tcp",), mended=spec(transport={"wire": "auto"})),
     Mistake("kv-dtype", spec(model={"uri": "baton://demo", "kvDtype": "bfloat16"}, decode=container(env=KV),
                              profile=NOWHERE), "Accepted", "KvMismatch",
             ("prefill says bfloat16 and decode says float32", "spec.model"),

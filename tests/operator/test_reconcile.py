@@ -159,8 +159,6 @@ async def test_a_missing_secret_and_claim_are_told_while_everything_else_is_made
     [
         ({"profile": "gpu", "parallelism": {"tensor": 8}}, ["prefill", "tensor 8", "set parallelism.tensor to 1"]),
         ({"profile": "gpu", "decode": {"parallelism": {"tensor": 2}}}, ["decode", "set parallelism.tensor to 1"]),
-        ({"transport": {"wire": "nixl"}}, ["nixl", "set transport.wire to auto or tcp"]),
-        ({"transport": {"wire": "mooncake"}}, ["mooncake", "set transport.wire to auto or tcp"]),
     ],
 )
 async def test_what_this_release_cannot_run_is_told_before_any_pod_is_made(spec: Tree, words: list[str]) -> None:

@@ -81,7 +81,7 @@ def installed(
             ))  # fmt: skip
         for port in ports:
             until(lambda port=port: trusted(cluster, port), "a webhook that is trusted", 180)  # type: ignore[misc]
-        until(lambda: apply(cluster, service("probe", wire="nixl")).status == 422, "the API server calls it", 180)
+        until(lambda: apply(cluster, unfit("probe")).status == 422, "the API server calls it", 180)
         yield made
     finally:
         for operator in made:
@@ -132,6 +132,11 @@ def service(name: str = "demo", *, wire: str = "auto", **spec: Any) -> dict[str,
     }  # fmt: skip
 
 
+def unfit(name: str = "demo") -> dict[str, Any]:
+    """What the schema takes and this release cannot run."""
+    return service(name, profile="h200", parallelism={"tensor": 2})
+
+
 def apply(cluster: Cluster, item: dict[str, Any], *, dry: bool = True) -> Any:
     path = f"{ISVC}/{item['metadata']['name']}?fieldManager=test&force=true{'&dryRun=All' if dry else ''}"
     return cluster.request("PATCH", path, item, content_type="application/apply-patch+yaml")
@@ -139,8 +144,8 @@ def apply(cluster: Cluster, item: dict[str, Any], *, dry: bool = True) -> Any:
 
 def test_apply_tells_what_cannot_work_and_what_is_not_there_yet(cluster: Cluster, tmp_path: Path) -> None:
     with installed(cluster, tmp_path, replicas=2) as pair:
-        refused = cluster.kubectl("apply", "-f", "-", stdin=json.dumps(service(wire="nixl")), check=False)
-        assert "denied the request: NotSupported: the nixl wire is not in this release" in refused
+        refused = cluster.kubectl("apply", "-f", "-", stdin=json.dumps(unfit()), check=False)
+        assert "denied the request: NotSupported: prefill wants parallelism.tensor 2" in refused
         assert cluster.request("GET", f"{ISVC}/demo").status == 404
         waits = service(
             model={"uri": "hf://a/b", "credentialsSecret": "token"}, router={"apiKeysSecret": "keys"},
@@ -169,11 +174,11 @@ def test_without_an_operator_the_rules_of_the_crd_hold_and_good_services_pass(cl
         assert "at least one" in apply(cluster, service(prefill={"replicas": 0})).text
         assert "Unsupported value" in apply(cluster, service(wire="pigeon")).text
         assert apply(cluster, service("good"), dry=False).ok
-        assert apply(cluster, service("bad", wire="nixl"), dry=False).ok  # told by its condition later
+        assert apply(cluster, unfit("bad"), dry=False).ok  # told by its condition later
 
 
 def test_what_is_bad_already_can_be_labelled_released_and_deleted(cluster: Cluster, tmp_path: Path) -> None:
-    made = apply(cluster, service("bad", wire="nixl"), dry=False)
+    made = apply(cluster, unfit("bad"), dry=False)
     assert made.ok, made.text
     with installed(cluster, tmp_path):
 
@@ -202,7 +207,7 @@ def test_no_call_fails_while_certificates_and_authorities_are_replaced(cluster: 
             assert time.monotonic() < deadline_s, (len(signers), len(certificates))
             answer = apply(cluster, service(f"n{calls}"))
             assert answer.ok, (calls, answer.text)
-            refused = apply(cluster, service(f"n{calls}", wire="nixl"))
+            refused = apply(cluster, unfit(f"n{calls}"))
             assert refused.status == 422, (calls, refused.text)
             for port in ports:
                 certificate = shown(cluster, port)

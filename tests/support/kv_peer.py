@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from support.kv_world import LAYOUT, Outcome, Side
+from support.kv_world import LAYOUT, Outcome, Side, setting
 
 from baton_common.ids import PageId, RequestId, TransferId
 from baton_kvtransfer import FirstToken, Inbound, Outbound, Receipt, TransferConfig
@@ -17,7 +17,7 @@ class Peer:
     """Answers each order with a line, and says how each transfer it sends ended."""
 
     def __init__(self, pipe: Connection, name: str, incarnation: str, wire: str) -> None:
-        config = TransferConfig(wire="tcp" if wire == "tcp" else "auto", slot_bytes=4096, slots_per_peer=2)
+        config = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=2)
         self._pipe = pipe
         self._side = Side(name, config=config, incarnation=incarnation)
         self.say(address=self._side.address)

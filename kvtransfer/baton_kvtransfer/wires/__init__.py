@@ -3,14 +3,13 @@
 A wire is two ends: `Landing` memory made by the receiver, one region per link, and a `Reach` into it held by the
 sender. The sender gathers into `reach.window(slot)`, digests, then `push` makes the bytes visible in the slot before
 the chunk's header arrives. Nothing else of the protocol depends on the wire.
-Others fit without a change: NIXL registers the landing region and sends its descriptor in `region`; windows are local
-staging memory, `push` is one WRITE whose notification carries the header. Mooncake writes the region through its
-segment and sends the header on the channel once the write returned. Both set `remote_memory`: verified twice.
+Libraries of one-sided writes (`oneside`, with the engines `nixl` and `mooncake`) register the landing, announce it in
+`region`, and write into it out of staging memory; the header follows on the channel once the write is visible there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +48,11 @@ class Reach(Protocol):
     def window(self, slot: Slot, size: int) -> memoryview:
         """Where to gather a chunk for that slot. Valid until the push."""
 
-    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
-        """Returns when the window may be reused. Raises PeerGone."""
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
+        """True: the chunk is sent and the window may be reused. False: `settled` will say so. Raises PeerGone."""
+
+    def settled(self, channel: Channel) -> Sequence[int]:
+        """Slots whose chunk has been sent since the last call. Raises PeerGone, WireError for one that never will."""
 
     def fence(self) -> None:
         """Let go of the peer's memory. No window is used after this."""
@@ -66,5 +68,11 @@ class Wire(Protocol):
     def land(self, *, slots: int, slot_bytes: int) -> Landing:
         """Make the memory for one peer. Raises WireError when the system has none."""
 
-    def reach(self, welcome: PeerWelcome, channel: Channel) -> Reach:
-        """Sender: from what the receiver announced. Raises WireError when it cannot be used."""
+    def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> Reach:
+        """Sender: from what the receiver announced; `wake`: from any thread, `settled` has news.
+
+        Raises WireError when it cannot be used.
+        """
+
+    def close(self) -> None:
+        """All links are over: let go of threads and libraries. Idempotent."""

@@ -52,6 +52,9 @@ class ChaosTransport:
     def listen(self) -> Listener:
         return ChaosListener(self._inner.listen(), self._faults)
 
+    def close(self) -> None:
+        self._inner.close()
+
     def dial(self, address: str) -> Dialed:
         dialed = self._inner.dial(address)
         channel = ChaosChannel(dialed.channel, self._faults)
@@ -124,22 +127,25 @@ class ChaosWire:
         self.name = inner.name
         self.caps: Caps = inner.caps
         self.land: Callable[..., Landing] = inner.land
+        self.close = inner.close
 
-    def reach(self, welcome: PeerWelcome, channel: Channel) -> Reach:
-        return ChaosReach(self._inner.reach(welcome, channel), self._faults, late=self.caps.remote_memory)
+    def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> Reach:
+        return ChaosReach(self._inner.reach(welcome, channel, wake), self._faults, late=self.caps.remote_memory)
 
 
 class ChaosReach:
     """Writes late into any slot except the one that is being gathered.
 
     No wire lets anybody else write there: shm copies synchronously on this very thread, and others gather into local
-    staging memory. That exception is what a digest over the window rests on.
+    staging memory. That exception is what a digest over the window rests on. Where windows are staging memory, the
+    garbage goes out with a write that is under way.
     """
 
     def __init__(self, inner: Reach, faults: Faults, *, late: bool) -> None:
         self._inner = inner
         self._faults = faults
         self._late = late
+        self.settled = inner.settled
         self._lock = threading.Lock()  # tests write late from threads of their own
         self._gathering: int | None = None
         self._written: dict[int, memoryview] = {}  # slot -> what we once wrote
@@ -153,15 +159,16 @@ class ChaosReach:
             self._gathering = slot.index
         return window
 
-    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
         faults = self._faults
         if faults.hits("flip", faults.flip):
             window[faults.random.randrange(window.nbytes)] ^= 1 << faults.random.randrange(8)
         with self._lock:
             self._gathering = None
-        self._inner.push(channel, message, window)
+        sent = self._inner.push(channel, message, window)
         if self._late and faults.hits("late_write", faults.late_write):
             self.write_late(faults.random)
+        return sent
 
     def write_late(self, random: Random) -> bool:
         """What a transport without a fence does: an old write lands now, in a slot that may be in use again."""

@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from baton_kvtransfer.channel import Channel, SocketChannel
 from baton_kvtransfer.config import TransferConfig
@@ -53,11 +53,14 @@ class InprocWire:
         memory = bytearray(slots * slot_bytes)
         return InprocMemory(memory, slot_bytes, self._hub.deposit(memory))
 
-    def reach(self, welcome: PeerWelcome, channel: Channel) -> InprocMemory:
+    def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> InprocMemory:
         memory = self._hub.regions.pop(welcome.region, None)
         if memory is None:
             raise WireError("the peer's slots are not in this process")
         return InprocMemory(memory, welcome.slot_bytes, b"")
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 class InprocMemory:
@@ -77,8 +80,12 @@ class InprocMemory:
     def window(self, slot: Slot, size: int) -> memoryview:
         return self.slot(slot.index, size)
 
-    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
         channel.send(message)
+        return True
+
+    def settled(self, channel: Channel) -> Sequence[int]:
+        return ()
 
     def fence(self) -> None:
         self._view = memoryview(b"")
@@ -102,6 +109,9 @@ class InprocTransport:
         ours, theirs = (self._channel(sock) for sock in socket.socketpair())
         listener.offer(theirs)
         return Dialed(channel=ours, wires=("inproc",), reason="same process")
+
+    def close(self) -> None:
+        """Sockets end with their channels."""
 
     def _channel(self, sock: socket.socket) -> SocketChannel:
         stall_s = self._config.alive_interval_s * ALIVE_MISSES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import WireError
@@ -38,7 +38,7 @@ class ShmWire:
             raise WireError(f"no shared memory for {slots} slots of {slot_bytes} bytes: {error.strerror}") from error
         return ShmLanding(fd, memory, slot_bytes)
 
-    def reach(self, welcome: PeerWelcome, channel: Channel) -> ShmReach:
+    def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> ShmReach:
         fds = channel.take_fds()
         try:
             if len(fds) != 1:
@@ -53,6 +53,9 @@ class ShmWire:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 class ShmLanding:
@@ -83,8 +86,12 @@ class ShmReach:
         begin = slot.index * self._slot_bytes
         return self._view[begin : begin + size]
 
-    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
         channel.send(message)
+        return True
+
+    def settled(self, channel: Channel) -> Sequence[int]:
+        return ()
 
     def fence(self) -> None:
         self._view = memoryview(b"")

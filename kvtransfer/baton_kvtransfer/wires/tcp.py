@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.wires import Caps
@@ -16,8 +16,11 @@ class TcpWire:
     def land(self, *, slots: int, slot_bytes: int) -> TcpLanding:
         return TcpLanding(slot_bytes)
 
-    def reach(self, welcome: PeerWelcome, channel: Channel) -> TcpReach:
+    def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> TcpReach:
         return TcpReach(welcome.slot_bytes)
+
+    def close(self) -> None:
+        """Holds nothing."""
 
 
 class TcpLanding:
@@ -45,8 +48,12 @@ class TcpReach:
     def window(self, slot: Slot, size: int) -> memoryview:
         return self._view[:size]
 
-    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> None:
+    def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
         channel.send(message, window)
+        return True
+
+    def settled(self, channel: Channel) -> Sequence[int]:
+        return ()
 
     def fence(self) -> None:
         """Holds nothing of the peer."""

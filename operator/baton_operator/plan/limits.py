@@ -11,7 +11,6 @@ from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.labels import Component
 from baton_operator.plan.pods import MAIN_CONTAINER, pod_template
 
-_WIRES = frozenset({"auto", "tcp", "shm"})
 _SHARED = ("dtype", "kv_dtype", "page_tokens")  # of a worker's engine; KV can only be handed over where they are equal
 _OPEN = frozenset({"", "auto"})  # decided by the checkpoint: the workers compare, and a router tells
 
@@ -24,8 +23,6 @@ def unsupported(spec: ServiceSpec) -> str:
                 f"{role} wants parallelism.tensor {spec.tensor(role)}, and tensor parallelism is not in this release; "
                 "set parallelism.tensor to 1 and use a model that fits one GPU"
             )
-    if spec.transport.wire not in _WIRES:
-        return f"the {spec.transport.wire} wire is not in this release; set transport.wire to auto or tcp"
     return ""
 
 
