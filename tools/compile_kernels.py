@@ -1,9 +1,9 @@
 """Compiles every kernel that ships for every kind of device, on each supported Triton, and reads what came out.
 
 `tools/compile_kernels.py` compares with the committed tables (tests/kernels/compiled/<Triton>.json) and fails with a
-list of what is wrong; `--write` writes the tables anew and keeps their reasons. A row is one program of one shape on
-one target. Wrong is: it does not compile, it spills or uses a stack, it lacks an instruction that its family expects
-(all three unless the row has a `reason`, written by hand), it got worse than its row, or it has no row.
+list of what is wrong; `--write` writes the tables anew. A row is one program of one shape on one target. Wrong is: it
+does not compile, it spills or uses a stack, it lacks an instruction that its family expects (all three unless a reason
+stands in reasons.json beside the tables, written by hand), it got worse than its row, or it has no row.
 No device is needed. Each Triton runs in a process of its own; those of tools/tritons are installed by tools/tritons.py.
 """
 
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from baton_kernels.rt.program import CompileFailed, Program
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "tests" / "kernels" / "compiled"
+REASONS = TABLES / "reasons.json"  # pattern of "<Triton> <row's name>" -> why it may be beyond the limits
 INSTALLED = "installed"
 TARGETS = ("sm_90", "sm_100", "gfx942", "gfx950")
 PROCESSES = 2
@@ -117,32 +119,23 @@ def compile_all(version: str) -> dict[str, Row]:
 
 
 # ---- judging --------------------------------------------------------------------------------------------------------
-def problems(rows: Mapping[str, Row], table: Table | None) -> list[str]:
+def problems(rows: Mapping[str, Row], table: Table | None, excused: Callable[[str], bool]) -> list[str]:
     """Everything that is wrong, a line each. `table` None: there is none for this Triton, only the limits hold."""
-    found = [
-        f"{name}: {one}"
-        for name, row in sorted(rows.items())
-        for one in (
-            *beyond_limits(row, str((table or {}).get(name, {}).get("reason", ""))),
-            *([] if table is None else worse(row, table.get(name))),
-        )
-    ]
+    found = []
+    for name, row in sorted(rows.items()):
+        wrong = [] if excused(name) else beyond_limits(row)
+        if table is not None:
+            wrong += [one for one in worse(row, table.get(name)) if one not in wrong]
+        found += [f"{name}: {one}" for one in wrong]
     found += [f"{name}: nothing is compiled for this row any more" for name in sorted(set(table or ()) - set(rows))]
     return found
 
 
-def beyond_limits(row: Row, reason: str) -> list[str]:
-    """Of one row that has, or has not, a reason to be so."""
-    if reason:
-        return []
+def beyond_limits(row: Row) -> list[str]:
     if row.resources is None:
         return [row.failure]
     found = [f"lacks a {kind} instruction" for kind in row.missing]
-    if row.resources.spills:
-        found.append(f"{row.resources.spills} spills")
-    if row.resources.stack:
-        found.append(f"a stack of {row.resources.stack} bytes")
-    return found
+    return found + [f"{count} {unit}" for unit, count in row.resources.beyond_limits.items()]
 
 
 def worse(row: Row, old: Mapping[str, Any] | None) -> list[str]:
@@ -152,19 +145,14 @@ def worse(row: Row, old: Mapping[str, Any] | None) -> list[str]:
     if "failed" in old:
         return []
     if row.resources is None:
-        return [row.failure] if "reason" in old else []  # without a reason it is said already
-    new = row.resources
-    found = [
-        f"{now} {name}, was {old[name]}"
-        for name, now, more in (
-            ("registers", new.registers, REGISTERS_MORE),
-            ("spills", new.spills, 0),
-            ("stack", new.stack, 0),
-            ("shared", new.shared, 0),
-        )
-        if now > old[name] + more
+        return [row.failure]
+    new = asdict(row.resources)
+    grown = [
+        f"{new[name]} {name}, was {old[name]}"
+        for name in ("registers", "spills", "scalar_spills", "stack", "shared")
+        if new[name] > old[name] + REGISTERS_MORE * (name == "registers")
     ]
-    return found + [f"lost its {kind}" for kind in old["code"] if prized(kind) and kind not in new.code]
+    return grown + [f"lost its {kind}" for kind in old["code"] if prized(kind) and kind not in new["code"]]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -175,18 +163,18 @@ def read(path: Path) -> Table | None:
     return rows
 
 
-def rendered(rows: Mapping[str, Row], old: Table | None) -> str:
-    """The table as text, a line for each row; reasons of the old one stay with their rows."""
+def excuses(version: str, reasons: Mapping[str, str]) -> Callable[[str], bool]:
+    """Of a row's name: whether there is a reason for it to be beyond the limits."""
+    return lambda name: any(fnmatchcase(f"{version} {name}", pattern) for pattern in reasons)
+
+
+def rendered(rows: Mapping[str, Row]) -> str:
+    """The table as text, a line for each row."""
     lines = []
     for name, row in sorted(rows.items()):
-        values: dict[str, Any] = {"failed": row.failure}
-        if row.resources is not None:
-            values = {
-                "registers": row.resources.registers, "spills": row.resources.spills, "stack": row.resources.stack,
-                "shared": row.resources.shared, "code": dict(row.resources.code),
-            }  # fmt: skip
-        if reason := (old or {}).get(name, {}).get("reason"):
-            values["reason"] = reason
+        values = {"failed": row.failure} if row.resources is None else asdict(row.resources)
+        if row.missing:
+            values["lacks"] = row.missing
         lines.append(f"  {json.dumps(name)}: {json.dumps(values)}")
     return '{"rows": {\n' + ",\n".join(lines) + "\n}}\n"
 
@@ -196,18 +184,17 @@ def here(*, write: bool) -> int:
     assert TRITON_VERSION is not None, "Triton is not installed"
     version = ".".join(map(str, TRITON_VERSION))
     path, began = TABLES / f"{version}.json", time.monotonic()
-    old, rows = read(path), compile_all(version)
+    rows = compile_all(version)
     if write:
-        TABLES.mkdir(exist_ok=True)
-        path.write_text(rendered(rows, old))
-        old = read(path)
-    found = problems(rows, old)
+        path.write_text(rendered(rows))
+    old = read(path)
+    found = problems(rows, old, excuses(version, json.loads(REASONS.read_text())))
     verdict = f"{len(found)} wrong" if found else "all well" if old else "within limits, no table to compare with"
     print(f"kernels: Triton {version}, {len(rows)} programs in {time.monotonic() - began:.0f} s: {verdict}", flush=True)
     for one in found:
         print(f"  {one}")
     if found and not write:
-        print("  If it is meant: tools/compile_kernels.py --write, and a `reason` in rows that may not be as they are.")
+        print(f"  If it is meant: tools/compile_kernels.py --write, and a reason in {REASONS.relative_to(ROOT)}.")
     return 1 if found else 0
 
 

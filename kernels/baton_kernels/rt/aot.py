@@ -40,10 +40,17 @@ class Resources:
     """Of one kernel."""
 
     registers: int  # per thread
-    spills: int  # NVIDIA: instructions that reach local memory; AMD: registers
+    spills: int  # NVIDIA: instructions that reach local memory; AMD: vector registers
+    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector registers, which is cheap outside a loop
     stack: int  # bytes per thread
     shared: int  # bytes per program
     code: Mapping[str, int]  # matrix instructions and accesses of global memory with their width -> how many
+
+    @property
+    def beyond_limits(self) -> Mapping[str, int]:
+        """What should be zero and is not, by its name with a unit."""
+        found = {"spills": self.spills, "scalar spills": self.scalar_spills, "bytes of stack": self.stack}
+        return {name: count for name, count in found.items() if count}
 
 
 def resources(program: Program) -> Resources:
@@ -95,7 +102,8 @@ def amd_resources(text: str, shared: int) -> Resources:
         code[matrix or (access.replace("load_", "load_lds_", 1) if to_shared else access)] += 1
     return Resources(
         registers=numbers["vgpr_count"],
-        spills=numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+        spills=numbers["vgpr_spill_count"],
+        scalar_spills=numbers["sgpr_spill_count"],
         stack=numbers["private_segment_fixed_size"],
         shared=shared,
         code=dict(sorted(code.items())),
@@ -114,6 +122,7 @@ def _nvidia(cubin: bytes, shared: int) -> Resources:
     return Resources(
         registers=numbers["REG"],
         spills=sum(code.pop(name, 0) for name in SASS_SPILLS),
+        scalar_spills=0,
         stack=numbers["STACK"],
         shared=shared,
         code=dict(sorted(code.items())),
