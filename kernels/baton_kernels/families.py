@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton_kernels import norm
+from baton_kernels import activation, norm, pages, rope_kv, step
+from baton_kernels.attention import merge, paged, partials
 from baton_kernels.registry import Family
 
-FAMILIES: Sequence[Family[Any, Any]] = (norm.FAMILY,)
+FAMILIES: Sequence[Family[Any, Any]] = (
+    norm.FAMILY,
+    rope_kv.FAMILY,
+    activation.FAMILY,
+    pages.FAMILY,
+    step.FAMILY,
+    paged.FAMILY,
+    merge.FAMILY,
+    partials.FAMILY,
+)

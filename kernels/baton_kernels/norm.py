@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from baton_kernels.capabilities import Capabilities
-from baton_kernels.quant import FP8_GROUP, fp8_groups, fp8_max
+from baton_kernels.quant import FP8_GROUP, fp8_groups, fp8_max, store_fp8_groups
 from baton_kernels.registry import Call, Case, Family, Implementation, Traffic, anywhere, needs_triton
-from baton_kernels.rt.check import check, wide
+from baton_kernels.rt.check import check, check_contiguous, check_rows, lanes, wide
 from baton_kernels.rt.language import cast, jit, tl
 from baton_kernels.rt.program import Config, Program, pointer
 
@@ -95,31 +95,28 @@ class TorchNorm:
 def _norm_rows(
     X, W, R, OUT, SCALES, eps, s_x, s_r, s_out,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
-    GROUP: tl.constexpr, FP8_MAX: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
     """One program per row. GROUP = 0: OUT has X's dtype and SCALES is not touched."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
-    x = tl.load(X + row * s_x + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + tl.multiple_of(row * s_x, LANES) + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        x += tl.load(R + row * s_r + at, mask=inside, other=0.0).to(tl.float32)
+        sums = R + tl.multiple_of(row * s_r, LANES) + at
+        x += tl.load(sums, mask=inside, other=0.0).to(tl.float32)
         rounded = cast(x, R.dtype.element_ty)
-        tl.store(R + row * s_r + at, rounded, mask=inside)
+        tl.store(sums, rounded, mask=inside)
         x = rounded.to(tl.float32)  # the statistic is of what later layers will read
     y = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
     weight = tl.load(W + at, mask=inside, other=0.0).to(tl.float32)
+    out = tl.multiple_of(row * s_out, LANES)
     if GROUP == 0:
         if not WIDE:
             y = cast(y, OUT.dtype.element_ty).to(tl.float32)
-        tl.store(OUT + row * s_out + at, cast(y * weight, OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + out + at, cast(y * weight, OUT.dtype.element_ty), mask=inside)
     else:
-        y = tl.reshape(y * weight, (BLOCK // GROUP, GROUP))
-        scale = tl.maximum(tl.max(tl.abs(y), 1) / FP8_MAX, 1e-12)
-        codes = cast(tl.clamp(y / scale[:, None], -FP8_MAX, FP8_MAX), OUT.dtype.element_ty)
-        tl.store(OUT + row * s_out + at, tl.reshape(codes, (BLOCK,)), mask=inside)
-        group = tl.arange(0, BLOCK // GROUP)
-        tl.store(SCALES + row * (WIDTH // GROUP) + group, scale, mask=group < WIDTH // GROUP)
+        store_fp8_groups(y * weight, OUT, SCALES, out, row * (WIDTH // GROUP), 0, WIDTH, BLOCK, GROUP, FP8_MAX)
 
 
 class TritonNorm:
@@ -129,6 +126,7 @@ class TritonNorm:
         self._shape = shape
         fp8 = capabilities.fp8 if shape.quantised else None
         self._out = fp8 or shape.dtype
+        self._lanes = lanes(shape.width, shape.dtype, self._out)
         self._program = Program(
             _norm_rows,
             types={
@@ -147,6 +145,7 @@ class TritonNorm:
                 "BLOCK": 1 << (shape.width - 1).bit_length(),
                 "WIDE": shape.wide,
                 "ADD": shape.residual,
+                "LANES": self._lanes,
                 "GROUP": 0 if fp8 is None else FP8_GROUP,
                 "FP8_MAX": 0.0 if fp8 is None else fp8_max(fp8),
             },
@@ -177,7 +176,10 @@ class TritonNorm:
         if shape.quantised:
             assert scales is not None, "a quantised norm writes where it is told"
             check(scales, "scales", (rows, shape.width // FP8_GROUP))
+            check_contiguous(scales, "scales")
         added = x if residual is None else residual
+        for tensor, name in ((x, "x"), (added, "residual"), (out, "out")):
+            check_rows(tensor, name, self._lanes)
         self._program(
             (rows, 1, 1), x, weight, added, out, x if scales is None else scales,
             eps, x.stride(0), added.stride(0), out.stride(0),
@@ -283,4 +285,5 @@ FAMILY: Family[NormShape, TorchNorm | TritonNorm] = Family(
     ),
     shapes=_shapes,
     cases=cases,
+    expects={"_norm_rows": ("wide load",)},
 )

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton_kernels.attention.reference import paged_attention, plan_attention, write_kv
+from baton_kernels.attention.reference import paged_attention, plan_attention
 from baton_kernels.attention.shape import Scores
+from baton_kernels.rope_kv import write_kv
 
 PAGE = 16
 HEADS, GROUP, DIM = 2, 3, 8
