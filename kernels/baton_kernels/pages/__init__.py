@@ -18,7 +18,7 @@ from baton_kernels.pages.reference import PagesShape, Part, TorchPages, as_words
 from baton_kernels.registry import Call, Case, Family, Implementation, Traffic, anywhere
 from baton_kernels.rt.program import Config
 
-__all__ = ["FAMILY", "PagesShape", "Part", "TorchPages", "TritonPages", "as_words", "model", "payload_digest"]
+__all__ = ["FAMILY", "PagesShape", "Part", "TorchPages", "TritonPages", "as_words", "call", "model", "payload_digest"]
 
 
 def shape_of(
@@ -62,7 +62,7 @@ def _configs(_capabilities: Capabilities, _shape: PagesShape) -> Sequence[Config
 PoolShape = tuple[int, int, int, int, int, int]
 
 
-def _call(shape: PagesShape, pool: PoolShape, part: Part, random: torch.Generator, device: torch.device) -> Call:
+def call(shape: PagesShape, pool: PoolShape, part: Part, random: torch.Generator, device: torch.device) -> Call:
     """Random page table. What the part does not own is NaN, or a number that must not appear elsewhere."""
     count, layers, kv, heads, size, dim = pool
     first, last = part.tokens[0] // size, -(-part.tokens[1] // size)
@@ -144,7 +144,7 @@ def _case(
 ) -> Case[PagesShape]:
     order = "-layers" * (shape.strides[1] > shape.strides[0])
     name = f"{shape.label}-{str(shape.dtype).removeprefix('torch.')}{order}" + f"-{what}" * bool(what)
-    made = partial(_call, shape, pool, part)
+    made = partial(call, shape, pool, part)
     return Case(name=name, shape=shape, make=made, traffic=model(shape, part), bench=bench, goal=goal)
 
 
