@@ -172,7 +172,7 @@ def rendered(rows: Mapping[str, Row]) -> str:
     """The table as text, a line for each row."""
     lines = []
     for name, row in sorted(rows.items()):
-        values = {"failed": row.failure} if row.resources is None else asdict(row.resources)
+        values: dict[str, Any] = {"failed": row.failure} if row.resources is None else asdict(row.resources)
         if row.missing:
             values["lacks"] = row.missing
         lines.append(f"  {json.dumps(name)}: {json.dumps(values)}")

@@ -192,11 +192,16 @@ def test_programs_that_share_a_name_are_numbered():
 
 
 def test_a_table_is_written_a_line_per_row(tmp_path):
-    text = CHECK.rendered({"k": row(), "a": CHECK.Row(name="a", failure="no")})
+    lacking = replace(row(), missing=("descriptor",))
+    text = CHECK.rendered({"k": row(), "a": CHECK.Row(name="a", failure="no"), "b": lacking})
     path = tmp_path / "3.7.json"
     path.write_text(text)
-    assert CHECK.read(path) == {"a": {"failed": "no"}, **committed()}
-    assert [line.split(":")[0].strip() for line in text.splitlines()] == ['{"rows"', '"a"', '"k"', "}}"]
+    assert CHECK.read(path) == {
+        "a": {"failed": "no"},
+        "b": {**asdict(GOOD), "lacks": ["descriptor"]},
+        "k": asdict(GOOD),
+    }
+    assert [line.split(":")[0].strip() for line in text.splitlines()] == ['{"rows"', '"a"', '"b"', '"k"', "}}"]
     assert CHECK.read(tmp_path / "3.8.json") is None
 
 
@@ -212,7 +217,7 @@ def beyond_limits():
         f"{path.stem} {name}"
         for path in TABLES
         for name, found in CHECK.read(path).items()
-        if "failed" in found or found["spills"] or found["scalar_spills"] or found["stack"]
+        if {"failed", "lacks"} & set(found) or found["spills"] or found["scalar_spills"] or found["stack"]
     ]
 
 
