@@ -19,7 +19,7 @@ from baton_common.errors import BatonError, ErrorKind
 from baton_common.ids import PageId, TransferId
 from baton_kvtransfer.acceptor import Acceptor
 from baton_kvtransfer.admission import Admission
-from baton_kvtransfer.blocks import blocks_of
+from baton_kvtransfer.blocks import Blocks, HostBlocks
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.config import TransferConfig
 from baton_kvtransfer.errors import Aborted, DeadlineExceeded
@@ -62,15 +62,17 @@ class KvEndpoint:
         clock: Clock,
         events: InboundEvents,
         metrics: TransferMetrics,
+        blocks: Blocks | None = None,
         transport: Transport | None = None,
     ) -> None:
-        """`transport` replaces the sockets of `config`, for tests and embedding. Raises ValueError, WireError."""
+        """`blocks` copies to and from a pool that is not in host memory. `transport` replaces the sockets of `config`,
+        for tests and embedding. Raises ValueError, WireError."""
         self._local = Local(
             worker_id=worker_id,
             incarnation=incarnation,
             compat=compat,
             layout=layout,
-            blocks=blocks_of(pool, layout),
+            blocks=blocks or HostBlocks(pool, layout),
             config=config,
             clock=clock,
             metrics=metrics,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from baton_common.errors import BatonError
 from baton_kvtransfer.admission import Admission
-from baton_kvtransfer.blocks import DIGEST, digest
+from baton_kvtransfer.blocks import seal_of
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import (
     Aborted,
@@ -56,6 +56,7 @@ class InLink(Link):
         self._memory: Landing | None = None
         self._receiver: Receiver | None = None
         self._remote_memory = False
+        self._digest = ""  # kind, agreed in the handshake
         self._replaced = False
 
     # ---- handshake ----------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ class InLink(Link):
         hello = message.hello
         self._peer_id, self._peer_incarnation = hello.worker_id, hello.incarnation
         try:
-            wire = self._choose(hello)
+            self._digest, wire = self._choose_digest(hello), self._choose_wire(hello)
             self._admission.admit(hello, self._cut)
         except KVTransferError as error:
             self._reason, self._state = error.message, "refused"
@@ -105,7 +106,7 @@ class InLink(Link):
             worker_id=local.worker_id,
             incarnation=local.incarnation,
             wire=wire.name,
-            digest=DIGEST,
+            digest=self._digest,
             slot_bytes=local.config.slot_bytes,
             slots=self._slots.snapshot(),
             region=self._memory.region,
@@ -116,9 +117,15 @@ class InLink(Link):
         local.metrics.links.labels("in").inc()
         log.info("link up", extra={"peer": self._peer_id, "direction": "in", "wire": wire.name})
 
-    def _choose(self, hello: PeerHello) -> Wire:
-        if DIGEST not in hello.digests:
-            raise LayoutMismatch("digests", DIGEST, ", ".join(hello.digests))
+    def _choose_digest(self, hello: PeerHello) -> str:
+        ours = self._local.blocks.digests
+        theirs: tuple[str, ...] = tuple(hello.digests)
+        for kind in theirs:
+            if kind in ours:
+                return kind
+        raise LayoutMismatch("digests", ", ".join(ours), ", ".join(theirs))
+
+    def _choose_wire(self, hello: PeerHello) -> Wire:
         wires = self._local.transport.wires
         for name in hello.wires:
             wire = wires.get(name)
@@ -157,18 +164,20 @@ class InLink(Link):
         assert self._memory is not None, "made by the handshake"
         chunk = landed.chunk
         payload = self._memory.slot(chunk.slot.index, chunk.bytes)
-        if digest(chunk, payload) != chunk.digest:
-            return Verdict.DAMAGED
         if not landed.gate.enter():
             return Verdict.CLOSED
         try:
-            self._local.blocks.scatter(landed.block, landed.pages, payload)
+            intact = self._local.blocks.scatter(
+                landed.block,
+                landed.pages,
+                payload,
+                seal_of(chunk, self._digest),
+                digest=chunk.digest,
+                shared=self._remote_memory,
+            )
         finally:
             landed.gate.leave()
-        # a late write may have come between the digest and the copy; then the pages hold it, but nothing is committed
-        if self._remote_memory and digest(chunk, payload) != chunk.digest:
-            return Verdict.DAMAGED
-        return Verdict.GOOD
+        return Verdict.GOOD if intact else Verdict.DAMAGED
 
     def _count(self, landed: Landed, verdict: Verdict) -> None:
         metrics = self._local.metrics

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from baton_common.errors import BatonError
 from baton_common.ids import TransferId
-from baton_kvtransfer.blocks import DIGEST, digest
+from baton_kvtransfer.blocks import seal_of
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import Aborted, KVTransferError, LayoutMismatch, NoSlots, StalePeer, WireError, from_wire
 from baton_kvtransfer.link import Link, Local
@@ -38,6 +38,7 @@ class OutLink(Link):
         self._peer_incarnation = incarnation
         self._transfers: dict[TransferId, Transfer] = {}
         self._reach: Reach | None = None
+        self._digest = ""  # kind, agreed in the handshake
         self._flying: dict[int, Push] = {}  # by slot: written by the wire, header not sent
         self._gauged_slots = 0
         self._sender = Sender(layout=local.layout, slot_bytes=local.config.slot_bytes, timers=local.timers)
@@ -73,7 +74,7 @@ class OutLink(Link):
             incarnation=local.incarnation,
             compat=local.compat,
             wires=dialed.wires,
-            digests=[DIGEST],
+            digests=local.blocks.digests,
             host_id=host_id(),
             target_incarnation=self._peer_incarnation,
         )
@@ -91,12 +92,13 @@ class OutLink(Link):
 
     def _welcomed(self, welcome: PeerWelcome, dialed: Dialed) -> None:
         wire = self._local.transport.wires.get(welcome.wire)
-        if wire is None or welcome.wire not in dialed.wires or welcome.digest != DIGEST:
+        if wire is None or welcome.wire not in dialed.wires or welcome.digest not in self._local.blocks.digests:
             raise WireError(
                 f"the peer chose wire {welcome.wire!r}, digest {welcome.digest!r}: not offered", phase="hello"
             )
         if not 0 < len(welcome.slots) <= MAX_SLOTS or not 0 < welcome.slot_bytes <= MAX_SLOT_BYTES:
             raise WireError(f"the peer offers {len(welcome.slots)} slots of {welcome.slot_bytes} bytes", phase="hello")
+        self._digest = welcome.digest
         self._reach = wire.reach(welcome, dialed.channel, self._waker.wake)
         self._sender.connected(
             peer=welcome.worker_id,
@@ -147,10 +149,10 @@ class OutLink(Link):
             self._sender.unpushed(push)
             return
         try:
-            self._local.blocks.gather(push.block, push.order.pages, window)
+            seal = seal_of(push.chunk, self._digest)
+            push.chunk.digest = self._local.blocks.gather(push.block, push.order.pages, window, seal)
         finally:
             transfer.gate.leave()
-        push.chunk.digest = digest(push.chunk, window)
         if self._reach.push(channel, PeerMessage(chunk=push.chunk), window):
             self._pushed(push)
         else:

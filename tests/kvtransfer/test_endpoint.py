@@ -13,7 +13,6 @@ from baton_common.errors import BatonError, ErrorKind
 from baton_common.ids import PageId, RequestId, TransferId
 from baton_kvtransfer import FirstToken, Inbound, Receipt, TransferConfig
 from baton_kvtransfer.errors import Aborted, DeadlineExceeded, KVTransferError, PeerGone
-from baton_kvtransfer.plan import Block
 
 WIRES = ["inproc", "shm", "tcp"]
 
@@ -160,10 +159,10 @@ def test_the_fence_of_a_running_gather_waits_for_it(world: World, monkeypatch: p
     blocks = world.sender.endpoint._local.blocks
     gather = blocks.gather
 
-    def slow(block: Block, pages: list[PageId], out: memoryview) -> None:
+    def slow(*arguments: object) -> int:
         entered.set()
         assert go_on.wait(10)
-        gather(block, pages, out)
+        return gather(*arguments)
 
     monkeypatch.setattr(blocks, "gather", slow)
     run = world.start(0, 20)
@@ -180,10 +179,10 @@ def test_the_fence_of_a_running_scatter_waits_for_it(world: World, monkeypatch: 
     blocks = world.receiver.endpoint._local.blocks
     scatter = blocks.scatter
 
-    def slow(block: Block, pages: list[PageId], payload: memoryview) -> None:
+    def slow(*arguments: object, **how: object) -> bool:
         entered.set()
         assert go_on.wait(10)
-        scatter(block, pages, payload)
+        return scatter(*arguments, **how)
 
     monkeypatch.setattr(blocks, "scatter", slow)
     run = world.send(0, 60)

@@ -15,7 +15,7 @@ import torch
 from baton_common.clock import ManualClock
 from baton_common.errors import Aborted, BatonError
 from baton_common.ids import PageId, RequestId, TransferId
-from baton_kvtransfer.blocks import HostBlocks, digest
+from baton_kvtransfer.blocks import XXH3, HostBlocks, seal_of
 from baton_kvtransfer.expectations import Expectations
 from baton_kvtransfer.gate import Gate
 from baton_kvtransfer.layout import PageLayout
@@ -171,9 +171,8 @@ class PureLink:
         chunk = push.chunk
         staging = memoryview(bytearray(chunk.bytes))
         window = self.slot(chunk.slot.index, chunk.bytes) if self.remote_memory else staging
-        self.sender_blocks.gather(push.block, push.order.pages, window)
+        chunk.digest = self.sender_blocks.gather(push.block, push.order.pages, window, seal_of(chunk, XXH3))
         self.lives[push.order.transfer_id].sender_gate.leave()
-        chunk.digest = digest(chunk, window)
         self.written.add(chunk.slot.index)
         self.forth.append(Letter(PeerMessage(chunk=chunk), None if self.remote_memory else bytes(window)))
         self.sender.pushed(push, self.clock.now())
@@ -189,12 +188,14 @@ class PureLink:
         if landing is not None:
             chunk = landing.chunk
             payload = self.slot(chunk.slot.index, chunk.bytes) if letter.payload is None else memoryview(letter.payload)
-            verdict = Verdict.GOOD if digest(chunk, payload) == chunk.digest else Verdict.DAMAGED
-            if verdict is Verdict.GOOD and landing.gate.enter():
-                self.receiver_blocks.scatter(landing.block, landing.pages, payload)
+            verdict = Verdict.CLOSED
+            if landing.gate.enter():
+                intact = self.receiver_blocks.scatter(
+                    landing.block, landing.pages, payload, seal_of(chunk, XXH3), digest=chunk.digest,
+                    shared=self.remote_memory,
+                )  # fmt: skip
                 landing.gate.leave()
-            elif verdict is Verdict.GOOD:
-                verdict = Verdict.CLOSED
+                verdict = Verdict.GOOD if intact else Verdict.DAMAGED
             self.receiver.landed(landing, verdict, now_s)
         self.collect()
 

@@ -27,6 +27,7 @@ from baton_kvtransfer import (
     TransferConfig,
     TransferMetrics,
 )
+from baton_kvtransfer.blocks import Blocks
 from baton_kvtransfer.config import WireChoice
 from baton_kvtransfer.transport import SocketTransport, Transport
 from baton_kvtransfer.wires.chaos import ChaosTransport, Faults
@@ -41,6 +42,9 @@ PAGES = 96
 CANARY = 99.0
 LIMIT_S = 15.0
 """Only bounds a failing test."""
+
+MakeBlocks = Callable[[torch.Tensor], Blocks]
+"""Of a pool; for pools that are not in host memory."""
 
 
 def setting(wire: str) -> WireChoice:
@@ -87,6 +91,7 @@ class Side:
         transport: Transport | None = None,
         compat: Compat = COMPAT,
         incarnation: str = "",
+        blocks: MakeBlocks | None = None,
     ) -> None:
         self.name = name
         self.incarnation = incarnation or f"{name}-1"
@@ -104,6 +109,7 @@ class Side:
             clock=SystemClock(),
             events=self,
             metrics=TransferMetrics(self.registry),
+            blocks=blocks(self.pool) if blocks else None,
             transport=transport,
         )
         self.address = self.endpoint.start()
@@ -154,6 +160,8 @@ class World:
         faults: Faults | None = None,
         sender_config: TransferConfig | None = None,
         receiver_config: TransferConfig | None = None,
+        sender_blocks: MakeBlocks | None = None,
+        receiver_blocks: MakeBlocks | None = None,
         seed: int = 0,
     ) -> None:
         self.random = Random(seed)
@@ -162,14 +170,21 @@ class World:
         self.wire = wire
         base = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=4)
         self.config = receiver_config or base
-        self.sender = self.side("p", sender_config or base)
-        self.receiver = self.side("d", self.config)
+        self.sender = self.side("p", sender_config or base, blocks=sender_blocks)
+        self.receiver = self.side("d", self.config, blocks=receiver_blocks)
         self._numbers = 0
 
-    def side(self, name: str, config: TransferConfig, compat: Compat = COMPAT, incarnation: str = "") -> Side:
+    def side(
+        self,
+        name: str,
+        config: TransferConfig,
+        compat: Compat = COMPAT,
+        incarnation: str = "",
+        blocks: MakeBlocks | None = None,
+    ) -> Side:
         inner: Transport = InprocTransport(config, self.hub) if self.wire == "inproc" else SocketTransport(config)
         transport = inner if self.faults is None else ChaosTransport(inner, self.faults)
-        return Side(name, config=config, transport=transport, compat=compat, incarnation=incarnation)
+        return Side(name, config=config, transport=transport, compat=compat, incarnation=incarnation, blocks=blocks)
 
     def start(
         self,

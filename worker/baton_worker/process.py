@@ -32,6 +32,7 @@ from baton_engine.models.loader import LoadedModel, load_model
 from baton_kvtransfer import KvEndpoint, PeerInfo, TransferConfig, TransferMetrics
 from baton_proto import common_pb2, worker_pb2
 from baton_worker import crash
+from baton_worker.blocks import blocks_for
 from baton_worker.config import WorkerConfig
 from baton_worker.convert import PROTOCOL_VERSION
 from baton_worker.desk import Desk
@@ -211,6 +212,7 @@ class _Process:
                 clock=self._clock,
                 events=role.inbound,
                 metrics=TransferMetrics(self._registry),
+                blocks=blocks_for(device, engine.pool),
             )
             peer_address = endpoint.start()
         role.bind(engine=engine, endpoint=endpoint, compat=compat)

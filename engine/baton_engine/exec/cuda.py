@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import cycle
 from queue import SimpleQueue
@@ -96,6 +97,12 @@ class TorchCuda:
             raise ConfigError(f"{self.device} cannot be used ({_first_line(error)})", param="device") from None
         self.native_bf16 = torch.version.hip is not None or card.major >= 8
         log.info("GPU open", extra={"device": str(self.device), "card": card.name, "memory_bytes": card.total_memory})
+
+    def beside(self) -> TorchCuda:
+        """The same device with another stream."""
+        other = copy(self)
+        other._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return other
 
     @contextmanager
     def current(self) -> Iterator[None]:
