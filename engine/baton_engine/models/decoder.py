@@ -19,9 +19,10 @@ from baton_engine.models.spec import ModelSpec
 from baton_engine.models.weights import LayerWeights, ModelWeights
 from baton_engine.step import StepInputs
 from baton_kernels.activation import ACTIVATIONS, gated
-from baton_kernels.attention.reference import AttentionPlan, Scores, paged_attention, plan_attention, write_kv
+from baton_kernels.attention.reference import AttentionPlan, Scores, paged_attention, plan_attention
 from baton_kernels.norm import rms_norm, rms_norm_wide
 from baton_kernels.rope import rope_tables, rotate
+from baton_kernels.rope_kv import write_kv
 
 OnLayers = Callable[[int, int], None]
 

@@ -74,12 +74,6 @@ def plan_attention(page_table: Tensor, cu_q: Sequence[int], kv_lens: Sequence[in
     )
 
 
-def write_kv(k: Tensor, v: Tensor, kv: Tensor, write_pages: Tensor, write_offsets: Tensor) -> None:
-    """Store k, v [T, Hkv, D] of T tokens at (write_pages[t], write_offsets[t]) of one layer's view, in its dtype."""
-    kv[:, 0][write_pages, :, write_offsets] = k.to(kv.dtype)
-    kv[:, 1][write_pages, :, write_offsets] = v.to(kv.dtype)
-
-
 @dataclass(frozen=True, slots=True)
 class _Source:
     """Pages of one layer, with what turns their codes into values."""
