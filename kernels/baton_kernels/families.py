@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from baton_kernels import activation, norm, pages, rope_kv, step
-from baton_kernels.attention import merge, paged, partials
+from baton_kernels.attention import merge, mla, paged, partials
 from baton_kernels.registry import Family
 
 FAMILIES: Sequence[Family[Any, Any]] = (
@@ -16,6 +16,7 @@ FAMILIES: Sequence[Family[Any, Any]] = (
     pages.FAMILY,
     step.FAMILY,
     paged.FAMILY,
+    mla.FAMILY,
     merge.FAMILY,
     partials.FAMILY,
 )
