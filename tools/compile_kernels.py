@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,12 @@ def elsewhere(version: str, *, write: bool) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
+def every(installed: str, pinned: Sequence[str]) -> Sequence[str]:
+    """Which Tritons to use: a table is of a minor version, so one of them is enough."""
+    minors = {version.rpartition(".")[0] for version in pinned}
+    return pinned if installed.rpartition(".")[0] in minors else (INSTALLED, *pinned)
+
+
 def main(arguments: Sequence[str]) -> int:
     pinned = sorted(path.stem for path in (ROOT / "tools" / "tritons").glob("*.txt"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -220,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.here:
         return here(write=given.write)
-    versions = (given.triton,) if given.triton else (INSTALLED, *pinned)
+    versions = (given.triton,) if given.triton else every(metadata.version("triton"), pinned)
     return max(elsewhere(version, write=given.write) for version in versions)
 
 

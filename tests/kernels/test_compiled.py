@@ -186,6 +186,11 @@ def test_a_triton_without_a_table_is_held_to_the_limits_alone():
     assert problems({"k": row(spills=1)}, None) == ["k: 1 spills"]
 
 
+def test_the_installed_triton_is_left_out_where_one_of_its_version_is_pinned():
+    assert CHECK.every("3.7.1", ["3.6.0", "3.9.0"]) == ("installed", "3.6.0", "3.9.0")
+    assert CHECK.every("3.9.1", ["3.6.0", "3.9.0"]) == ["3.6.0", "3.9.0"]
+
+
 def test_programs_that_share_a_name_are_numbered():
     first, second = row(), row(registers=1)
     assert CHECK.numbered([first, second]) == {"k": first, "k #2": second}
