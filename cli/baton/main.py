@@ -208,12 +208,26 @@ def render(
 
 @app.command()
 def explain(
-    section: Annotated[str | None, typer.Argument(help="router, worker, engine or transfer; none = all")] = None,
+    section: Annotated[
+        str | None, typer.Argument(help="router, worker, engine or transfer, none = all; or kernels: what runs where")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with settings, as for `baton up`")] = None,
+    device: Annotated[str | None, typer.Option(help="kernels: cuda, or an architecture like sm_90 or gfx950")] = None,
+    model: Annotated[str | None, typer.Option(help="kernels: checkpoint folder or hub name; none = the demo")] = None,
 ) -> None:
-    """Show every setting: its value, where it came from (default, file, environment) and what it does."""
+    """Show every setting: its value, where it came from (default, file, environment) and what it does.
+
+    `baton explain kernels` shows which kernel runs for each operation of a model on a device, and why.
+    """
     from baton.explain import show
 
+    if section == "kernels":
+        from baton.explain_kernels import show_kernels
+
+        show_kernels(device, model, file=config, environment=os.environ, console=_console())
+        return
+    if device is not None or model is not None:
+        raise ConfigError("--device and --model belong to `baton explain kernels`")
     show(section, file=config, environment=os.environ, console=_console())
 
 

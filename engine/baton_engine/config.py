@@ -41,13 +41,13 @@ class EngineConfig:
         ),
     ] = 0.0
     device_sharers: Annotated[
-        int, Field(ge=1, le=64, description="workers that compute on the same GPU: a chosen KV pool leaves them their part")
+        int, Field(ge=1, le=64, description="workers on the same GPU: a chosen KV pool leaves the others their part")
     ] = 1
     max_queue: Annotated[int, Field(ge=1, description="requests that wait for admission; more are refused")] = 256
     max_reserved: Annotated[int, Field(ge=1, description="requests that hold pages and wait for their KV")] = 64
     threads: Annotated[int, Field(ge=0, le=1024, description="compute threads on a CPU, 0 = all cores")] = 0
     kernels: Annotated[
-        str, Field(description="kernels to use instead of the chosen ones: operation=implementation, separated by commas")
+        str, Field(description="kernels to use instead of the chosen ones: operation=implementation, by commas")
     ] = ""
     layer_group: Annotated[int, Field(ge=1, description="layers whose KV is handed over together")] = 4
     invariant_every: Annotated[int, Field(ge=1, description="steps between two checks of the page accounting")] = 256

@@ -136,7 +136,7 @@ class EngineMetrics(Collector):
             pages.add_metric([owner], count)
         yield pages
         fallbacks = CounterMetricFamily(
-            "baton_engine_kernel_fallbacks", "Operations that run on a slower kernel than planned", labels=["op", "with"]
+            "baton_engine_kernel_fallbacks", "Operations on a slower kernel than planned", labels=["op", "with"]
         )
         for (op, instead), count in self._kernel_fallbacks().items():
             fallbacks.add_metric([op, instead], count)

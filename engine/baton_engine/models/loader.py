@@ -24,9 +24,11 @@ from baton_engine.exec.device import Device
 from baton_engine.models.decoder import Decoder
 from baton_engine.models.families import parse_config
 from baton_engine.models.fields import Fields, read_json
+from baton_engine.models.kernels import bind_kernels
 from baton_engine.models.names import Slot, strip_prefix, weight_slots
 from baton_engine.models.spec import ModelSpec
 from baton_engine.models.weights import Target, allocate, assemble, target_shapes
+from baton_kvtransfer.layout import PageLayout
 
 Progress = Callable[[int, int], None]
 """(bytes read, bytes in all), after each tensor."""
@@ -65,29 +67,62 @@ class _Stored:
         return prod(self.slot.shape) * STORED_BYTES[self.dtype]
 
 
-def load_model(folder: Path, *, device: Device, dtype: str = "auto", progress: Progress | None = None) -> LoadedModel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """What a checkpoint is computed as."""
+
+    spec: ModelSpec
+    dtype: str  # of weights and activations
+    kv_dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return COMPUTE_DTYPES[self.dtype]
+
+    def layout(self, page_tokens: int) -> PageLayout:
+        """Of the KV pool."""
+        return self.spec.layout(page_tokens, self.kv_dtype)
+
+
+def read_format(folder: Path, *, dtype: str, kv_dtype: str, native_bf16: bool) -> Format:
+    """From config.json alone. `dtype`: float32, bfloat16, or auto (the config's own, bfloat16 for a float16 one;
+    float32 where bfloat16 would be emulated). `kv_dtype`: likewise, auto = `dtype`. Raises ConfigError."""
+    config = read_json(folder / "config.json")
+    name = _compute_dtype(dtype, config, native_bf16)
+    return Format(spec=parse_config(config), dtype=name, kv_dtype=name if kv_dtype == "auto" else kv_dtype)
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: Device,
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    page_tokens: int = 64,
+    progress: Progress | None = None,
+) -> LoadedModel:
     """Load a Hugging Face safetensors checkpoint. Blocks for as long as reading takes.
 
-    `dtype`: float32, bfloat16, or auto (the config's own, bfloat16 for a float16 one; float32 where the device would
-    have to emulate bfloat16). Raises ConfigError.
+    Kernels for this model, `dtype`, `kv_dtype` and `page_tokens` are chosen and compiled first: what the device cannot
+    compute is refused (Unsupported) before weights are read. Raises ConfigError.
     """
-    config = read_json(folder / "config.json")
-    spec = parse_config(config)
-    name = _compute_dtype(dtype, config, device)
+    form = read_format(folder, dtype=dtype, kv_dtype=kv_dtype, native_bf16=device.native_bf16)
+    spec = form.spec
     stored = _match(spec, folder)
 
     def read() -> tuple[Decoder, str]:
-        tensors = _allocate(spec, name, device)
+        bind_kernels(spec, form.torch_dtype, form.layout(page_tokens), device.library)
+        tensors = _allocate(spec, form.dtype, device)
         digest = _read(spec, stored, tensors, device, progress)
-        return Decoder(spec, assemble(spec, tensors)), digest
+        return Decoder(spec, assemble(spec, tensors), device.library, device.upload), digest
 
     decoder, digest = device.run(read)
     return LoadedModel(
         decoder=decoder,
         spec=spec,
-        dtype=name,
+        dtype=form.dtype,
         digest=digest,
-        eos_token_ids=_eos_token_ids(folder, config),
+        eos_token_ids=_eos_token_ids(folder, read_json(folder / "config.json")),
         folder=folder,
     )
 
@@ -106,7 +141,7 @@ def random_model(spec: ModelSpec, *, seed: int, device: Device, dtype: str = "bf
             else:
                 bound = (3.0 / tensor.shape[-1]) ** 0.5
                 tensor.uniform_(-bound, bound, generator=random)
-        return Decoder(spec, assemble(spec, tensors))
+        return Decoder(spec, assemble(spec, tensors), device.library, device.upload)
 
     digest = hashlib.sha256(f"random {seed} {dtype} {device.torch_device.type} {spec!r}".encode()).hexdigest()[:32]
     return LoadedModel(
@@ -134,7 +169,7 @@ def _allocate(spec: ModelSpec, dtype: str, device: Device) -> dict[Target, Tenso
         ) from None
 
 
-def _compute_dtype(asked: str, config: Fields, device: Device) -> str:
+def _compute_dtype(asked: str, config: Fields, native_bf16: bool) -> str:
     if asked in COMPUTE_DTYPES:
         return asked
     if asked != "auto":
@@ -144,7 +179,7 @@ def _compute_dtype(asked: str, config: Fields, device: Device) -> str:
             if fields is not None and fields.has(field):
                 own = fields.text(field).removeprefix("torch.")
                 own = "bfloat16" if own == "float16" else own
-                if own == "bfloat16" and not device.native_bf16:
+                if own == "bfloat16" and not native_bf16:
                     return "float32"
                 if own not in COMPUTE_DTYPES:
                     raise fields.wrong(field, "float32, bfloat16 or float16")
