@@ -28,6 +28,7 @@ from baton_common.settings import parse_command_line
 from baton_engine.config import EngineConfig
 from baton_engine.engine import Engine
 from baton_engine.exec.device import Device, open_device
+from baton_engine.models.kernels import parse_force
 from baton_engine.models.loader import LoadedModel, load_model
 from baton_kvtransfer import KvEndpoint, PeerInfo, TransferConfig, TransferMetrics
 from baton_proto import common_pb2, worker_pb2
@@ -191,8 +192,14 @@ class _Process:
     def _build(self, outbox: Outbox, worker_id: str, loop: asyncio.AbstractEventLoop) -> _House:
         """Everything that takes time. Runs beside the event loop, so that health and signals are answered meanwhile."""
         worker, config, kind = self._settings.worker, self._settings.engine, self._settings.role
-        device = open_device(worker.device, threads=config.threads or None)
-        model = load_model(resolve_checkpoint(worker.model), device=device, dtype=config.dtype)
+        device = open_device(worker.device, threads=config.threads or None, kernels=parse_force(config.kernels))
+        model = load_model(
+            resolve_checkpoint(worker.model),
+            device=device,
+            dtype=config.dtype,
+            kv_dtype=config.kv_dtype,
+            page_tokens=config.page_tokens,
+        )
         role = kind.make(RoleSetting(outbox=outbox, incarnation=self._incarnation))
 
         def on_crash(error: BaseException, dump: Mapping[str, object]) -> None:
