@@ -101,7 +101,7 @@ def _noise(count: int, dtype: torch.dtype, random: torch.Generator) -> torch.Ten
     if dtype.is_floating_point:
         return torch.randn(count, generator=random).to(dtype)
     limits = torch.iinfo(dtype)
-    return torch.randint(limits.min, limits.max + 1, (count,), generator=random, dtype=torch.int64).to(dtype)
+    return torch.randint(limits.min, limits.max, (count,), generator=random, dtype=dtype)
 
 
 def cases() -> Sequence[Case[PagesShape]]:
