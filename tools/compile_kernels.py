@@ -1,9 +1,10 @@
 """Compiles every kernel that ships for every kind of device, on each supported Triton, and reads what came out.
 
 `tools/compile_kernels.py` compares with the committed tables (tests/kernels/compiled/<Triton>.json) and fails with a
-list of what is wrong; `--write` writes the tables anew. A row is one program of one shape on one target. Wrong is: it
-does not compile, it spills or uses a stack, it lacks an instruction that its family expects (all three unless a reason
-stands in reasons.json beside the tables, written by hand), it got worse than its row, or it has no row.
+list of what is wrong; `--write` writes the tables anew; `--op` is for some operations and their rows. A row is one
+program of one shape on one target. Wrong is: it does not compile, it spills or uses a stack, it lacks an instruction
+that its family expects (all three unless a reason stands in reasons.json beside the tables, written by hand), it got
+worse than its row, or it has no row.
 No device is needed. Each Triton runs in a process of its own; those of tools/tritons are installed by tools/tritons.py.
 """
 
@@ -63,11 +64,13 @@ class Row:
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
-def tasks() -> list[Task]:
+def tasks(ops: Sequence[str]) -> list[Task]:
+    """Of some operations; none named: of all."""
     return [
         Task(target=target, op=family.op, index=index)
         for target in TARGETS
         for family in FAMILIES
+        if not ops or family.op in ops
         for index in range(len(family.shapes(named(target))))
     ]
 
@@ -107,9 +110,9 @@ def numbered(rows: Iterable[Row]) -> dict[str, Row]:
     return found
 
 
-def compile_all(version: str) -> dict[str, Row]:
+def compile_all(version: str, ops: Sequence[str]) -> dict[str, Row]:
     """In some processes; says when a target is done."""
-    todo, rows = tasks(), list[Row]()
+    todo, rows = tasks(ops), list[Row]()
     # A fork would inherit the threads of torch.
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
         for task, after, found in zip(todo, [*todo[1:], None], pool.map(compile_shape, todo), strict=True):
@@ -169,26 +172,39 @@ def excuses(version: str, reasons: Mapping[str, str]) -> Callable[[str], bool]:
     return lambda name: any(fnmatchcase(f"{version} {name}", pattern) for pattern in reasons)
 
 
-def rendered(rows: Mapping[str, Row]) -> str:
-    """The table as text, a line for each row."""
-    lines = []
-    for name, row in sorted(rows.items()):
-        values: dict[str, Any] = {"failed": row.failure} if row.resources is None else asdict(row.resources)
+def of(ops: Sequence[str], table: Table | None) -> Table | None:
+    """The rows of some operations; none named: all."""
+    if table is None or not ops:
+        return table
+    return {name: row for name, row in table.items() if name.split()[1] in ops}
+
+
+def as_table(rows: Mapping[str, Row]) -> Table:
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in rows.items():
+        found[name] = {"failed": row.failure} if row.resources is None else asdict(row.resources)
         if row.missing:
-            values["lacks"] = row.missing
-        lines.append(f"  {json.dumps(name)}: {json.dumps(values)}")
+            found[name]["lacks"] = row.missing
+    return found
+
+
+def rendered(table: Table) -> str:
+    """As text, a line for each row."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(table.items())]
     return '{"rows": {\n' + ",\n".join(lines) + "\n}}\n"
 
 
-def here(*, write: bool) -> int:
+def here(ops: Sequence[str], *, write: bool) -> int:
     """The check, or the writing, with the Triton of this process. Returns the exit status."""
     assert TRITON_VERSION is not None, "Triton is not installed"
     version = ".".join(map(str, TRITON_VERSION))
     path, began = TABLES / f"{version}.json", time.monotonic()
-    rows = compile_all(version)
+    rows = compile_all(version, ops)
     if write:
-        path.write_text(rendered(rows))
-    old = read(path)
+        table = read(path) or {}
+        others = {name: row for name, row in table.items() if name not in (of(ops, table) or {})}
+        path.write_text(rendered({**others, **as_table(rows)}))
+    old = of(ops, read(path))
     found = problems(rows, old, excuses(version, json.loads(REASONS.read_text())))
     verdict = f"{len(found)} wrong" if found else "all well" if old else "within limits, no table to compare with"
     print(f"kernels: Triton {version}, {len(rows)} programs in {time.monotonic() - began:.0f} s: {verdict}", flush=True)
@@ -199,7 +215,7 @@ def here(*, write: bool) -> int:
     return 1 if found else 0
 
 
-def elsewhere(version: str, *, write: bool) -> int:
+def elsewhere(version: str, ops: Sequence[str], *, write: bool) -> int:
     """The same with another Triton, in a process that finds it first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if version != INSTALLED:
@@ -208,7 +224,7 @@ def elsewhere(version: str, *, write: bool) -> int:
             print(f"kernels: Triton {version} is not there; run tools/tritons.py")
             return 1
         environment["PYTHONPATH"] = str(folder)
-    command = [sys.executable, __file__, "--here", *(["--write"] if write else [])]
+    command = [sys.executable, __file__, "--here", *(f"--op={op}" for op in ops), *(["--write"] if write else [])]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -222,13 +238,15 @@ def main(arguments: Sequence[str]) -> int:
     pinned = sorted(path.stem for path in (ROOT / "tools" / "tritons").glob("*.txt"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--triton", choices=(INSTALLED, *pinned), help="only this one")
+    operations = [family.op for family in FAMILIES]
+    parser.add_argument("--op", action="append", default=[], choices=operations, help="only these, one flag for each")
     parser.add_argument("--write", action="store_true", help="write the tables anew")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.here:
-        return here(write=given.write)
+        return here(given.op, write=given.write)
     versions = (given.triton,) if given.triton else every(metadata.version("triton"), pinned)
-    return max(elsewhere(version, write=given.write) for version in versions)
+    return max(elsewhere(version, given.op, write=given.write) for version in versions)
 
 
 if __name__ == "__main__":

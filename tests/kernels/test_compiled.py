@@ -186,6 +186,15 @@ def test_a_triton_without_a_table_is_held_to_the_limits_alone():
     assert problems({"k": row(spills=1)}, None) == ["k: 1 spills"]
 
 
+def test_some_operations_can_be_looked_at_alone():
+    table = {"sm_90 norm w64 _rows": {}, "sm_90 norm_wide w64 _rows": {}, "gfx942 norm w64 _rows #2": {}}
+    assert list(CHECK.of(["norm"], table)) == ["sm_90 norm w64 _rows", "gfx942 norm w64 _rows #2"]
+    assert CHECK.of([], table) == table
+    assert CHECK.of(["norm"], None) is None
+    assert {task.op for task in CHECK.tasks(["rms_norm"])} == {"rms_norm"}
+    assert {(task.op, task.target) for task in CHECK.tasks([])} >= {("rms_norm", target) for target in CHECK.TARGETS}
+
+
 def test_the_installed_triton_is_left_out_where_one_of_its_version_is_pinned():
     assert CHECK.every("3.7.1", ["3.6.0", "3.9.0"]) == ("installed", "3.6.0", "3.9.0")
     assert CHECK.every("3.9.1", ["3.6.0", "3.9.0"]) == ["3.6.0", "3.9.0"]
@@ -198,7 +207,7 @@ def test_programs_that_share_a_name_are_numbered():
 
 def test_a_table_is_written_a_line_per_row(tmp_path):
     lacking = replace(row(), missing=("descriptor",))
-    text = CHECK.rendered({"k": row(), "a": CHECK.Row(name="a", failure="no"), "b": lacking})
+    text = CHECK.rendered(CHECK.as_table({"k": row(), "a": CHECK.Row(name="a", failure="no"), "b": lacking}))
     path = tmp_path / "3.7.json"
     path.write_text(text)
     assert CHECK.read(path) == {
