@@ -75,7 +75,8 @@ def test_rotation_leaves_its_input_alone_and_keeps_position_zero():
 @pytest.mark.parametrize(("ours", "theirs"), [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("gelu", "gelu")])
 def test_gated_activation_takes_the_gate_first(ours, theirs):
     gate, up = torch.randn(4, 6), torch.randn(4, 6)
-    assert_same(gated(torch.cat((gate, up), -1), ACTIVATIONS[ours]), ACT2FN[theirs](gate) * up, ulps=4)
+    # 1 + erf cancels for negative gates, and erf rounds differently for whole vectors and for what is left over.
+    assert_same(gated(torch.cat((gate, up), -1), ACTIVATIONS[ours]), ACT2FN[theirs](gate) * up, ulps=16)
 
 
 def test_the_operations_write_where_they_are_told():
