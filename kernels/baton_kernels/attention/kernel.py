@@ -40,7 +40,7 @@ def _load_block(
     S_PAGE: tl.constexpr, S_HALF: tl.constexpr, S_HEAD: tl.constexpr, S_TOKEN: tl.constexpr,
     MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Keys (HALF = 0) or values of a block [BLOCK_N, BLOCK_D]; MASKED: zeros at and behind token `limit`."""
+    """Keys (HALF = 0) or values of a block [BLOCK_N, BLOCK_D]; MASKED: values are zero at and behind token `limit`."""
     token = tl.arange(0, BLOCK_N)
     if DESCRIPTOR:
         block = KV.load([page.to(tl.int32), HALF, head, n % PAGE, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -55,7 +55,7 @@ def _load_block(
         else:
             row = page * S_PAGE + HALF * S_HALF + head.to(tl.int64) * S_HEAD + ((n + token) % PAGE) * S_TOKEN
             at = KV + row[:, None] + d[None, :]
-        if MASKED:
+        if MASKED and HALF == 1:
             return tl.load(at, mask=(n + token < limit)[:, None] & (d < D)[None, :], other=0.0)
         elif D != BLOCK_D:
             return tl.load(at, mask=(d < D)[None, :], other=0.0)
@@ -71,22 +71,29 @@ def _load_factors(
     """Factors of a block's tokens, float32[BLOCK_N]."""
     token = n + tl.arange(0, BLOCK_N)
     at = FACTORS + (page * (2 * KV_HEADS) + HALF * KV_HEADS + head) * PAGE + token % PAGE
-    if MASKED:
+    if MASKED and HALF == 1:
         return tl.load(at, mask=token < limit, other=0.0)
     else:
         return tl.load(at)
 
 
 @jit
-def _visible(n, position, depth, bits, start, window, BLOCK_N: tl.constexpr, TREE: tl.constexpr):
-    """bool[BLOCK_M, BLOCK_N]: which tokens of the block each query sees."""
+def _within(age, window):
+    """0 <= age < window, in one comparison."""
+    return age.to(tl.uint32, bitcast=True) < window.to(tl.uint32, bitcast=True)
+
+
+@jit
+def _visible(n, position, bits, start, window, BLOCK_N: tl.constexpr, TREE: tl.constexpr):
+    """bool[BLOCK_M, BLOCK_N]: which tokens of the block each query sees. In a tree `bits` decide between its nodes."""
     token = n + tl.arange(0, BLOCK_N)[None, :]
-    seen = (token <= position[:, None]) & (token > depth[:, None] - window)
+    age = position[:, None] - token
     if TREE:
         own = token - start
         bit = (bits[:, None] >> tl.minimum(tl.maximum(own, 0), 63).to(tl.int64)) & 1
-        seen = seen & ((own < 0) | (own > 63) | (bit != 0))
-    return seen
+        return tl.where(own.to(tl.uint32, bitcast=True) < 64, bit != 0, _within(age, window))
+    else:
+        return _within(age, window)
 
 
 @jit
@@ -102,7 +109,7 @@ def _ones(bits):
 
 @jit
 def _step(
-    KV, FACTORS, page, q, best, total, acc, head, n, limit, scale, position, depth, bits, start, window,
+    KV, FACTORS, page, q, best, total, acc, head, n, limit, scale, position, bits, start, window,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     S_PAGE: tl.constexpr, S_HALF: tl.constexpr, S_HEAD: tl.constexpr, S_TOKEN: tl.constexpr,
     SOFTCAP: tl.constexpr, TREE: tl.constexpr, TOKEN_FACTORS: tl.constexpr, DESCRIPTOR: tl.constexpr,
@@ -123,7 +130,7 @@ def _step(
         scores = (SOFTCAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * scale)))
         scale = 1.0
     if MASKED:
-        scores = tl.where(_visible(n, position, depth, bits, start, window, BLOCK_N, TREE), scores, float("-inf"))
+        scores = tl.where(_visible(n, position, bits, start, window, BLOCK_N, TREE), scores, float("-inf"))
     now = tl.maximum(best, tl.max(scores, 1) * scale)
     safe = now
     if MASKED:
@@ -169,19 +176,22 @@ def attend(
     query_head = head * GROUP + (first_m + local) % GROUP
     inside = token < queries
     start = kv_tokens - queries
-    position = start + token
+    position = start + token  # in a tree: the depth
     here = (first_query + token).to(tl.int64)
     within = inside[:, None] & (d < D)[None, :]
     q = tl.load(Q + here[:, None] * (q_steps * 16) + query_head[:, None] * D + d[None, :], mask=within, other=0.0)
     TABLE += row.to(tl.int64) * table_width
     last_m = tl.minimum(first_m + BLOCK_M, queries * GROUP) - 1
     whole_end = tl.minimum(start + first_m // GROUP + 1, kv_end)
-    depth = position
     bits = position
     if TREE:
-        bits = tl.load(TREES + here, mask=inside, other=-1)
-        below = tl.full([BLOCK_M], -1, tl.int64) ^ (tl.full([BLOCK_M], -2, tl.int64) << tl.minimum(token, 63))
-        depth = start + tl.where(token < 64, _ones(bits & below) - 1, token)
+        # Bits behind the query's own place, and of nodes that the window has left (the 64th query on), do not count.
+        ones = tl.full([BLOCK_M], -1, tl.int64)
+        upto = ones ^ ((ones * 2) << tl.minimum(token, 63))
+        gone = tl.maximum(token - window + 1, 0)
+        bits = tl.load(TREES + here, mask=inside, other=-1) & upto
+        bits = tl.where(gone > 63, 0, bits & (ones << tl.minimum(gone, 63)))
+        position = start + tl.where(token < 64, _ones(bits) - 1, token)
         whole_end = tl.minimum(start, kv_end)
     if ONE_FACTOR:
         scale *= tl.load(FACTORS)
@@ -197,7 +207,7 @@ def attend(
     for n in tl.range(left, right, BLOCK_N):
         following = _page_of(TABLE, n + BLOCK_N, right, PAGE, BLOCK_N)
         best, total, acc = _step(
-            KV, FACTORS, page, q, best, total, acc, head, n, kv_tokens, scale, position, depth, bits, start, window,
+            KV, FACTORS, page, q, best, total, acc, head, n, kv_tokens, scale, position, bits, start, window,
             KV_HEADS, D, BLOCK_D, BLOCK_N, PAGE, S_PAGE, S_HALF, S_HEAD, S_TOKEN,
             SOFTCAP, TREE, TOKEN_FACTORS, DESCRIPTOR, False,
         )  # fmt: skip
@@ -208,7 +218,7 @@ def attend(
         n = tl.where(edge < before, kv_begin + edge * BLOCK_N, right + (edge - before) * BLOCK_N)
         page = _page_of(TABLE, n, kv_tokens, PAGE, BLOCK_N)
         best, total, acc = _step(
-            KV, FACTORS, page, q, best, total, acc, head, n, kv_tokens, scale, position, depth, bits, start, window,
+            KV, FACTORS, page, q, best, total, acc, head, n, kv_tokens, scale, position, bits, start, window,
             KV_HEADS, D, BLOCK_D, BLOCK_N, PAGE, S_PAGE, S_HALF, S_HEAD, S_TOKEN,
             SOFTCAP, TREE, TOKEN_FACTORS, DESCRIPTOR, True,
         )  # fmt: skip

@@ -1,19 +1,15 @@
-"""Attention over paged KV with Triton: plans a step on the host, launches `kernel.attend`, reduces what was split.
+"""Attention over paged KV with Triton: launches `kernel.attend` over a plan's work, then reduces what was split.
 
-Rows with few query tokens (decode, verification of drafts) share one launch, with tiles no larger than they need and
-their KV split over the device; longer rows (prefill, chunks behind a cached prefix) have another. A plan is made once
-per step, outside of graphs, and serves all layers of one window. It holds every buffer that its launches read or write,
-so who captures a call keeps its plan. It does not know who owns a page.
+Calls take the plan that `plan` made for their step and window; they allocate nothing when `out` is given, wait for
+nothing and read no device data, so they may be captured. It does not know who owns a page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,75 +18,41 @@ from baton_kernels.attention.cases import cases, shapes
 from baton_kernels.attention.kernel import attend
 from baton_kernels.attention.partials import FAMILY as PARTIALS
 from baton_kernels.attention.partials import LOG2_E, PartialsShape, TritonPartials
+from baton_kernels.attention.plan import MEDIUM_TILE, SMALL_TILE, PagedPlan, StepPlanner, Tile
 from baton_kernels.attention.reference import TorchAttention
-from baton_kernels.attention.shape import TREE_TOKENS, AttentionShape, Rows, Scores, Upload, upload_to
-from baton_kernels.attention.work import RECORD, Capacity, Split, Tiling, pack, plan_work
+from baton_kernels.attention.shape import AttentionShape, Rows, Scores, Upload
+from baton_kernels.attention.work import RECORD, Capacity, Split, Tiling
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.registry import Family, Implementation, anywhere, needs_triton
 from baton_kernels.rt.check import check
 from baton_kernels.rt.program import TYPE_NAMES, Config, InputError, Program, pointer
 
-SHORT_ROW = 16
-"""Query tokens up to which a row's KV is split whatever else runs."""
-SMALL_TILE, MEDIUM_TILE = 16, 64
 NO_WINDOW = 1 << 30
 TILES = ("DECODE", "VERIFY", "EXTEND")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """One program of the operation: which tiles it computes and how their KV is split."""
-
-    name: str
-    tiling: Tiling
-    split: Split
-    program: Program
-    descriptor: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """One program's part of a step."""
-
-    tile: Tile
-    units: Tensor  # int32: a section of `work.pack`
-    reductions: Tensor | None  # the same; None: nothing is split
-    row_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedPlan:
-    """One step's work, on the device."""
-
-    page_table: Tensor  # int32[B, P]
-    window: int | None
-    launches: tuple[Launch, ...]
-    partials: Tensor  # float32: workspace, partial outputs first
-    partial_sums: Tensor  # float32
-
-
 class TritonAttention:
-    """One operation serves all layers of its shape; calls must follow each other in one stream's order."""
+    """One operation serves all layers of its shape; calls follow each other in one stream's order."""
 
     def __init__(self, capabilities: Capabilities, shape: AttentionShape, config: Config) -> None:
         self._shape = shape
-        self._capabilities = capabilities
-        crowd = capabilities.units * config["WAVES"]
-        spread, idle = Split(programs=crowd), Split(programs=capabilities.units, level=False)
+        spread = Split(programs=capabilities.units * config["WAVES"])
+        idle = Split(programs=capabilities.units, level=False)
+        rows = {"decode": (SMALL_TILE, spread), "verify": (MEDIUM_TILE, spread), "extend": (config["EXTEND_M"], idle)}
         self._tiles = {
-            "decode": self._tile("decode", SMALL_TILE, spread, config),
-            "verify": self._tile("verify", MEDIUM_TILE, spread, config),
-            "extend": self._tile("extend", config["EXTEND_M"], idle, config),
+            name: Tile(tiling=_tiling(shape, block_m, config[f"{name.upper()}_N"]), split=split)
+            for name, (block_m, split) in rows.items()
         }
+        self._described = {name: _described(capabilities, shape, config, name) for name in rows}
+        self._programs = {name: self._program(capabilities, config, name) for name in rows}
         states = PartialsShape(
             heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, dtype=shape.dtype, sinks=shape.sinks
         )
-        self._reduce = TritonPartials(
-            capabilities, states, configs.find(PARTIALS.op, capabilities, states.label).config
-        )
-        self.programs = (*(tile.program for tile in self._tiles.values()), *self._reduce.programs)
-        self._workspace = (torch.empty(0), torch.empty(0))
+        reduce_config = configs.find(PARTIALS.op, capabilities, states.label).config
+        self._reduce = TritonPartials(capabilities, states, reduce_config)
+        self.programs = (*self._programs.values(), *self._reduce.programs)
+        self._planner = StepPlanner(shape, self._tiles)
         self._descriptors: dict[tuple[int, int, int], Any] = {}
         self._last: tuple[Rows, int | None, PagedPlan] | None = None
 
@@ -107,83 +69,24 @@ class TritonAttention:
         capacity: Capacity | None = None,
         fixed_split_tokens: int = 0,
     ) -> PagedPlan:
-        """Plan one step; allocates, and uploads one int32 array (`upload`: default is a plain copy that blocks).
+        """Plan one step; may allocate, and uploads one int32 array (`upload`: default is a plain copy that blocks).
 
         page_table int32[B, P]; row b owns query tokens [cu_q[b], cu_q[b+1]), the last ones of its kv_lens[b] tokens.
         Only the host's copies of lengths are read. `window` of the layers that will use the plan.
         capacity: array, grids and workspace are as large as its largest step needs, so that a graph captured with one
         plan may be replayed with another's array in the same place; None: as large as this step.
         fixed_split_tokens: split a row by its own length alone, so that its output does not depend on the batch.
+        InputError for lengths that do not fit.
         """
         del cu_q, kv_lens
-        first, kv = np.array(cu_q_host, np.int64), np.array(kv_lens_host, np.int64)
-        queries = np.diff(first)
-        check(page_table, "page_table", (len(kv), None), torch.int32)
-        if (bad := np.flatnonzero((queries < 0) | (kv < queries) & (queries > 0))).size:
-            raise InputError(f"row {bad[0]} has {queries[bad[0]]} queries but {kv[bad[0]]} tokens")
-        room = page_table.shape[1] * self._shape.page_tokens
-        if (bad := np.flatnonzero((kv > room) & (queries > 0))).size:
-            raise InputError(f"row {bad[0]}: {kv[bad[0]]} tokens do not fit in {page_table.shape[1]} pages")
-        if self._shape.tree and window is not None and window < TREE_TOKENS:
-            raise InputError(f"a window of {window} tokens is narrower than a tree; {TREE_TOKENS} are the least")
-        if capacity is not None and (len(kv) > capacity.rows or int(first[-1]) > capacity.tokens):
-            raise InputError(f"{len(kv)} rows of {first[-1]} tokens in a plan for {capacity.rows} of {capacity.tokens}")
-        largest = int(queries.max(initial=0)) if capacity is None else capacity.row_tokens
-        sections: list[tuple[np.ndarray[Any, np.dtype[np.int32]], int]] = []
-        chosen: list[tuple[Tile, bool, int]] = []
-        floats = sums = 0
-        for name, mask in self._classes(queries, largest):
-            tile = self._tiles[name]
-            split = replace(tile.split, fixed=fixed_split_tokens if tile.split.level else 0)
-            if fixed_split_tokens and not tile.split.level:
-                split = Split(programs=0)
-            counts = np.where(mask, queries, 0)
-            work = plan_work(first[:-1], counts, kv, tile.tiling, split, window=window, tree=self._shape.tree)
-            if capacity is None:
-                units, tiles, slots = len(work.units), len(work.reductions), work.slots
-            else:
-                mine = replace(capacity, row_tokens=min(largest, SHORT_ROW) if tile.split.level else largest)
-                units, tiles = mine.units(tile.tiling, split), mine.tiles(tile.tiling)
-                slots = units if split.programs or split.fixed else 0
-            reduces = slots > 0
-            sections += [(work.units, units), *([(work.reductions, tiles)] if reduces else [])]
-            chosen.append((tile, reduces, int(counts.max(initial=0)) if capacity is None else mine.row_tokens))
-            states = slots * self._shape.kv_heads * tile.tiling.block_m
-            floats, sums = max(floats, states * self._shape.dim), max(sums, states)
-        return self._on_device(page_table, window, upload, sections, chosen, (floats, sums))
-
-    def _classes(self, queries: np.ndarray[Any, np.dtype[np.int64]], largest: int) -> list[tuple[str, Any]]:
-        """Programs that a step needs, with the rows that each one computes."""
-        short = queries <= SHORT_ROW
-        most = min(largest, SHORT_ROW)
-        narrow = "decode" if most * self._shape.group <= SMALL_TILE else "verify"
-        return [(narrow, short)] + ([("extend", ~short)] if largest > SHORT_ROW else [])
-
-    def _on_device(
-        self,
-        page_table: Tensor,
-        window: int | None,
-        upload: Upload | None,
-        sections: list[tuple[np.ndarray[Any, np.dtype[np.int32]], int]],
-        chosen: list[tuple[Tile, bool, int]],
-        sizes: tuple[int, int],
-    ) -> PagedPlan:
-        buffer, places = pack(sections)
-        device = page_table.device
-        uploaded = (upload or upload_to(device))(buffer)
-        parts = iter([uploaded[place] for place in places])
-        launches = [
-            Launch(tile=tile, units=next(parts), reductions=next(parts) if reduces else None, row_tokens=most)
-            for tile, reduces, most in chosen
-        ]
-        if any(have.numel() < want or have.device != device for have, want in zip(self._workspace, sizes, strict=True)):
-            self._workspace = (torch.empty(sizes[0], device=device), torch.empty(sizes[1], device=device))
-        return PagedPlan(
-            page_table=page_table,
+        return self._planner.plan(
+            page_table,
+            cu_q_host,
+            kv_lens_host,
             window=window,
-            launches=tuple(launches),
-            partials=self._workspace[0],
-            partial_sums=self._workspace[1],
+            upload=upload,
+            capacity=capacity,
+            fixed_split_tokens=fixed_split_tokens,
         )
 
     def __call__(
@@ -208,24 +111,21 @@ class TritonAttention:
         self._check(q, kv, out, plan, scores, kv_scales, tree, lse)
         shape = self._shape
         fold = LOG2_E if shape.softcap is None else 2 * LOG2_E / shape.softcap
-        any_float = plan.partial_sums
         for launch in plan.launches:
-            tiling = launch.tile.tiling
-            launch.tile.program(
+            nothing = launch.partial_lse
+            self._programs[launch.name](
                 (shape.kv_heads, len(launch.units) // RECORD - 1, 1),
-                q, self._descriptor(kv, tiling) if launch.tile.descriptor else kv,
-                any_float if kv_scales is None else kv_scales, plan.page_table, launch.units,
-                launch.units if tree is None else tree, any_float if scores.sinks is None else scores.sinks, out,
-                any_float if lse is None else lse, plan.partials, plan.partial_sums,
+                q, self._descriptor(kv, launch.name) if self._described[launch.name] else kv,
+                nothing if kv_scales is None else kv_scales, plan.page_table, launch.units,
+                launch.units if tree is None else tree, nothing if scores.sinks is None else scores.sinks, out,
+                nothing if lse is None else lse, launch.partial_out, launch.partial_lse,
                 scores.scale * fold, NO_WINDOW if scores.window is None else scores.window,
                 q.stride(0) // 16, out.stride(0) // 16, plan.page_table.stride(0), int(lse is not None),
             )  # fmt: skip
             if launch.reductions is not None:
-                states = (-1, shape.kv_heads, tiling.block_m)
-                used = plan.partial_sums.numel() // (states[1] * states[2]) * states[1] * states[2]
                 self._reduce(
-                    plan.partials[: used * shape.dim].view(*states, shape.dim),
-                    plan.partial_sums[:used].view(states),
+                    launch.partial_out,
+                    launch.partial_lse,
                     launch.reductions,
                     out,
                     sinks=scores.sinks,
@@ -285,31 +185,37 @@ class TritonAttention:
             if not given.is_contiguous():
                 raise InputError(f"{name} is not contiguous; make a copy of it")
 
-    def _descriptor(self, kv: Tensor, tiling: Tiling) -> Any:
+    def _descriptor(self, kv: Tensor, name: str) -> Any:
         """Of one layer's view, made once: the view must stay where it is."""
-        key = (kv.data_ptr(), kv.shape[0], tiling.block_n)
+        block_n = self._tiles[name].tiling.block_n
+        key = (kv.data_ptr(), kv.shape[0], block_n)
         if key not in self._descriptors:
             from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415 - absent where there is no Triton
 
-            block = [1, 1, 1, tiling.block_n, self._shape.padded_dim]
+            block = [1, 1, 1, block_n, self._shape.padded_dim]
             self._descriptors[key] = TensorDescriptor(kv, list(kv.shape), list(kv.stride()), block)
         return self._descriptors[key]
 
-    def _tile(self, name: str, block_m: int, split: Split, config: Config) -> Tile:
-        shape, prefix = self._shape, name.upper()
-        block_n = config[f"{prefix}_N"]
-        whole = shape.page_tokens % block_n == 0
-        descriptor = bool(config.get(f"{prefix}_DESCRIPTORS", 0)) and self._capabilities.descriptors and whole
-        tiling = Tiling(group=shape.group, kv_heads=shape.kv_heads, block_m=block_m, block_n=block_n)
-        program = Program(
+    def _program(self, capabilities: Capabilities, config: Config, name: str) -> Program:
+        tiling, described = self._tiles[name].tiling, self._described[name]
+        return Program(
             attend,
-            types=_types(shape, tiling, descriptor=descriptor),
-            constants=_constants(shape, tiling, descriptor=descriptor),
-            config={"num_warps": config[f"{prefix}_WARPS"], "num_stages": config[f"{prefix}_STAGES"]},
-            capabilities=self._capabilities,
+            types=_types(self._shape, tiling, descriptor=described),
+            constants=_constants(self._shape, tiling, descriptor=described),
+            config={"num_warps": config[f"{name.upper()}_WARPS"], "num_stages": config[f"{name.upper()}_STAGES"]},
+            capabilities=capabilities,
             variant=name,
         )
-        return Tile(name=name, tiling=tiling, split=split, program=program, descriptor=descriptor)
+
+
+def _tiling(shape: AttentionShape, block_m: int, block_n: int) -> Tiling:
+    return Tiling(group=shape.group, kv_heads=shape.kv_heads, block_m=block_m, block_n=block_n)
+
+
+def _described(capabilities: Capabilities, shape: AttentionShape, config: Config, name: str) -> bool:
+    """Whether a program copies KV by tensor descriptor: asked for, possible, and blocks lie inside pages."""
+    wanted = bool(config.get(f"{name.upper()}_DESCRIPTORS", 0))
+    return wanted and capabilities.descriptors and shape.page_tokens % config[f"{name.upper()}_N"] == 0
 
 
 def _types(shape: AttentionShape, tiling: Tiling, *, descriptor: bool) -> Mapping[str, str]:
@@ -319,12 +225,12 @@ def _types(shape: AttentionShape, tiling: Tiling, *, descriptor: bool) -> Mappin
         "Q": pointer(shape.dtype),
         "KV": block if descriptor else pointer(shape.kv_dtype),
         "FACTORS": float32,
-        "TABLE": integers,
+        "TABLE": integers + "~",
         "UNITS": integers,
-        "TREES": pointer(torch.int64) if shape.tree else integers,
-        "SINKS": float32,
+        "TREES": pointer(torch.int64 if shape.tree else torch.int32) + "~",
+        "SINKS": float32 + "~",
         "OUT": pointer(shape.dtype),
-        "LSE": float32,
+        "LSE": float32 + "~",
         "PARTIAL": float32,
         "PARTIAL_LSE": float32,
         "scale": "fp32",
@@ -403,5 +309,5 @@ FAMILY: Family[AttentionShape, TorchAttention | TritonAttention] = Family(
     ),
     shapes=shapes,
     cases=cases,
-    expects={"attend:extend": ("matrix",)},
+    expects={"attend": ("matrix", "wide load"), "attend:extend": ("widest matrix",)},
 )
