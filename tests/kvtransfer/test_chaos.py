@@ -6,6 +6,7 @@ import threading
 from random import Random
 
 import pytest
+from support.kv_wires import ONESIDED, needs, over
 from support.kv_world import World, eventually, no_kv_threads, setting
 
 from baton_common.errors import BatonError
@@ -13,7 +14,7 @@ from baton_kvtransfer import FirstToken, KvEndpoint, Receipt, TransferConfig
 from baton_kvtransfer.errors import Aborted, KVTransferError
 from baton_kvtransfer.wires.chaos import Faults
 
-WIRES = ["inproc", "shm", "tcp"]
+WIRES = over("inproc", "shm", "tcp", *ONESIDED)
 ABORTS = 500
 
 
@@ -44,6 +45,7 @@ MIXED = {"drop": 0.03, "delay": 0.1, "duplicate": 0.1, "flip": 0.05, "late_write
         ("inproc", MIXED),
         ("shm", MIXED),
         ("tcp", MIXED),
+        *(pytest.param(wire, MIXED, marks=needs(wire)) for wire in ONESIDED),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
@@ -101,7 +103,7 @@ def test_damage_in_every_chunk_ends_as_corrupt_on_both_sides(wire: str) -> None:
     world.close()
 
 
-@pytest.mark.parametrize("wire", ["inproc", "shm"])
+@pytest.mark.parametrize("wire", over("inproc", "shm", *ONESIDED))
 def test_late_writes_after_aborts_corrupt_nothing(wire: str) -> None:
     """After every abort, old writes land in slots that are in use again, at any moment of the next transfers' life."""
     world = chaotic(wire, seed=9, alive_interval_s=1.0)

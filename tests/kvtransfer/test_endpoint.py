@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.kv_wires import ONESIDED, over
 from support.kv_world import LAYOUT, World, eventually, no_kv_threads
 
 from baton_common.errors import BatonError, ErrorKind
@@ -14,7 +15,7 @@ from baton_common.ids import PageId, RequestId, TransferId
 from baton_kvtransfer import FirstToken, Inbound, Receipt, TransferConfig
 from baton_kvtransfer.errors import Aborted, DeadlineExceeded, KVTransferError, PeerGone
 
-WIRES = ["inproc", "shm", "tcp"]
+WIRES = over("inproc", "shm", "tcp", *ONESIDED)
 
 
 @pytest.fixture(params=WIRES)

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.kv_peer import serve
+from support.kv_wires import ONESIDED, over
 from support.kv_world import LAYOUT, Run, Side, World, eventually, positions
 
 from baton_kvtransfer import Receipt
 from baton_kvtransfer.errors import KVTransferError, PeerGone
 
-WIRES = ["shm", "tcp"]
+WIRES = over("shm", "tcp", *ONESIDED)
 TOKENS = 200
 PAGES_USED = list(range(13))
 

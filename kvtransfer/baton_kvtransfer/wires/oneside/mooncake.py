@@ -1,16 +1,21 @@
 """Mooncake's transfer engine: RDMA where there are devices, else its tcp protocol.
 
 A chunk is a batch of its own, and few are under way per peer: its tcp protocol refuses batches of more than two
-thousand pieces and then refuses that peer for ever. After two failures in a row the engine object that wrote is given
-up, and the next link gets a new one; links that are well keep the old one. What peers write into has its own engine.
+thousand pieces and then refuses that peer for ever. After two failures in a row an engine object is not used for that
+peer again: its next link gets another one. What peers write into has an engine of its own, which that cannot touch.
+An engine lives as long as the process: its destructor holds the interpreter lock for up to a second (measured), and an
+idle one costs two threads and five descriptors.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import itertools
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from baton_kvtransfer.errors import PeerGone, WireError
@@ -24,7 +29,7 @@ _ENVIRONMENT = {
     "MC_TRANSFER_TIMEOUT": "5",
     "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
     "MC_TCP_ENABLE_CONNECTION_POOL": "1",  # else every chunk connects, until no port is left
-    "GLOG_minloglevel": "2",
+    "MC_LOG_LEVEL": "ERROR",
 }
 _TRIES = 2
 _LANDED, _UNDER_WAY = 1, 0
@@ -42,22 +47,28 @@ def load() -> Callable[[], Any]:
 class MooncakeEngine:
     most_writes = 256
 
-    def __init__(self, host: str, protocol: str) -> None:
-        """`host`: where peers reach this one. `protocol`: rdma or tcp. Raises WireError."""
+    def __init__(self, host: str, protocol: str, *, open_engine: Callable[[], Any] | None = None) -> None:
+        """`host`: where peers reach this one. `protocol`: rdma or tcp. `open_engine` replaces the library's.
+
+        Raises WireError.
+        """
         self._host = host
         self._protocol = protocol
         try:
-            self._open_engine = load()
+            self._open_engine = open_engine or load()
         except ImportError as error:
             raise WireError(f"Mooncake cannot start: {error}") from error
-        self._landing: Any = self._open()
-        self._segment = f"{host}:{self._landing.get_rpc_port()}"
-        self._writing: Any = None
+        self._landing: Any = None
+        self._writing: list[Any] = []
+        self._failed: set[tuple[int, str]] = set()  # (which of them, segment)
 
     def land(self, region: Region) -> bytes:
+        if self._landing is None:
+            self._landing = self._open()
         if self._landing.register_memory(region.address, region.bytes) != 0:
             raise WireError(f"Mooncake cannot register {region.bytes} bytes")
-        return _ANNOUNCED.pack(region.address, region.bytes) + self._segment.encode()
+        segment = f"{self._host}:{self._landing.get_rpc_port()}"
+        return _ANNOUNCED.pack(region.address, region.bytes) + segment.encode()
 
     def forget(self, region: Region) -> None:
         self._landing.unregister_memory(region.address)
@@ -69,30 +80,29 @@ class MooncakeEngine:
         address, size = _ANNOUNCED.unpack_from(announced)
         if size < staging.bytes:
             raise WireError(f"the peer announces {size} bytes for slots of {staging.bytes}")
-        if self._writing is None:
-            self._writing = self._open()
-        return MooncakeTarget(self, self._writing, name.decode(), address, staging)
-
-    def give_up(self, engine: object) -> None:
-        """It failed twice; whoever comes next gets another."""
-        if self._writing is engine:
-            self._writing = None
+        segment = name.decode()
+        number = next(number for number in itertools.count() if (number, segment) not in self._failed)
+        if number == len(self._writing):
+            self._writing.append(self._open())
+        failed = partial(self._failed.add, (number, segment))
+        return MooncakeTarget(self._writing[number], segment, address, staging, failed)
 
     def close(self) -> None:
-        self._landing = self._writing = None
+        """Nothing is left registered; see above."""
 
     def _open(self) -> Any:
         engine = self._open_engine()
         code = engine.initialize(self._host, "P2PHANDSHAKE", self._protocol, "")
         if code != 0:
             raise WireError(f"Mooncake cannot start with {self._protocol} on {self._host}: code {code}")
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         return engine
 
 
 class MooncakeTarget:
-    def __init__(self, owner: MooncakeEngine, engine: Any, segment: str, address: int, staging: Region) -> None:
+    def __init__(self, engine: Any, segment: str, address: int, staging: Region, failed: Callable[[], None]) -> None:
         self.engine = engine
-        self._owner = owner
+        self._failed = failed
         self._segment = segment
         self._address = address
         self._staging = staging
@@ -110,7 +120,7 @@ class MooncakeTarget:
         return batch
 
     def failed(self) -> PeerGone:
-        self._owner.give_up(self.engine)
+        self._failed()
         return PeerGone(f"Mooncake cannot write to {self._segment}, tried {_TRIES} times", phase="send")
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import secrets
 import struct
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,10 @@ def load() -> ModuleType:
         except ImportError as error:
             failures.append(str(error))
     raise ImportError("; ".join(failures))
+
+
+def is_loaded() -> bool:
+    return any(f"{name}._bindings" in sys.modules for name in MODULES)
 
 
 class NixlEngine:
