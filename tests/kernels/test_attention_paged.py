@@ -69,6 +69,24 @@ def test_llama_runs_on_every_gpu(target):
     assert choices(FAMILY, named(target), LLAMA)[0].implementation == "triton"
 
 
+@pytest.mark.parametrize(
+    ("target", "shape", "why"),
+    [
+        ("gfx950", LLAMA, "FlashInfer is for NVIDIA devices"),
+        ("sm_90", shape_of(32, 32, 96), "head sizes are 64, 128, 256, not 96"),
+        ("sm_90", shape_of(32, 8, 128, sinks=True), "sinks"),
+        ("sm_90", shape_of(32, 8, 128, tree=True), "tree"),
+        ("sm_90", shape_of(32, 8, 128, kv_dtype=torch.int8), "bfloat16 and float16 alone"),
+        ("sm_90", LLAMA, "flashinfer is not installed"),
+    ],
+)
+def test_flashinfer_is_taken_only_by_name_and_says_what_it_lacks(target, shape, why, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert choices(FAMILY, named(target), shape)[0].implementation == "triton"
+    with pytest.raises(Unsupported, match=why):
+        choices(FAMILY, named(target), shape, {"attention": "flashinfer"})
+
+
 def test_a_cpu_runs_the_reference():
     assert choices(FAMILY, named("cpu"), LLAMA)[0].implementation == "torch"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from baton_kernels import configs
+from baton_kernels.attention import flashinfer
 from baton_kernels.attention.cases import cases, shapes
 from baton_kernels.attention.kernel import attend
 from baton_kernels.attention.partials import FAMILY as PARTIALS
@@ -299,9 +300,12 @@ def _configs(capabilities: Capabilities, _shape: AttentionShape) -> Sequence[Con
     return found
 
 
-FAMILY: Family[AttentionShape, TorchAttention | TritonAttention] = Family(
+FAMILY: Family[AttentionShape, TorchAttention | TritonAttention | flashinfer.FlashInferAttention] = Family(
     op="attention",
     implementations=(
+        Implementation(
+            name="flashinfer", refuses=flashinfer.refuses, bind=flashinfer.FlashInferAttention, optional=True
+        ),
         Implementation(name="triton", refuses=refuses, bind=TritonAttention, configs=_configs),
         Implementation(
             name="torch", refuses=anywhere, bind=lambda _capabilities, shape, _config: TorchAttention(shape)
