@@ -169,6 +169,7 @@ class TritonLatent:
             },
             config=config,
             capabilities=capabilities,
+            variant=f"m{self.tiling.block_m}",
         )
         states = PartialsShape(heads=shape.heads, kv_heads=1, dim=LATENT, dtype=shape.dtype)
         self._reduce = TritonPartials(capabilities, states, choices(PARTIALS, capabilities, states)[0].config)
@@ -319,5 +320,9 @@ FAMILY: Family[LatentShape, TorchLatent | TritonLatent] = Family(
     ),
     shapes=shapes,
     cases=cases,
-    expects={"_attend_latent": ("matrix",)},
+    expects={
+        "_attend_latent:m16": ("matrix", "wide load"),
+        "_attend_latent:m32": ("matrix", "wide load"),
+        "_attend_latent:m64": ("widest matrix", "wide load"),
+    },
 )
