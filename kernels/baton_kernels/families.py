@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baton_kernels import activation, norm, pages, rope_kv, step
+from baton_kernels import activation, norm, pages, rope_kv, sampler, step
 from baton_kernels.attention import merge, mla, paged, partials
 from baton_kernels.registry import Family
 
@@ -15,6 +15,7 @@ FAMILIES: Sequence[Family[Any, Any]] = (
     activation.FAMILY,
     pages.FAMILY,
     step.FAMILY,
+    sampler.SAMPLE,
     paged.FAMILY,
     mla.FAMILY,
     merge.FAMILY,

@@ -7,6 +7,8 @@ order of floats) are in `lanes`.
 
 from __future__ import annotations
 
+from baton_kernels.registry import Family, Implementation, anywhere
+from baton_kernels.sampler.cases import cases
 from baton_kernels.sampler.reference import (
     CANDIDATES,
     argmax,
@@ -20,9 +22,27 @@ from baton_kernels.sampler.reference import (
     race_,
     truncate,
 )
+from baton_kernels.sampler.sample import SampleShape, TorchSample, TritonSample, configs, refuses
+
+VOCABULARIES = (32000, 128256, 151936, 201088, 262144)
+"""Of the models that we serve: Llama 2 and 3, Qwen, GPT-OSS, Gemma."""
+
+SAMPLE: Family[SampleShape, TorchSample | TritonSample] = Family(
+    op="sample",
+    implementations=(
+        Implementation(name="triton", refuses=refuses, bind=TritonSample, configs=configs),
+        Implementation(name="torch", refuses=anywhere, bind=lambda _capabilities, shape, _config: TorchSample(shape)),
+    ),
+    shapes=lambda _capabilities: [SampleShape(vocab=vocab) for vocab in VOCABULARIES],
+    cases=cases,
+)
 
 __all__ = [
     "CANDIDATES",
+    "SAMPLE",
+    "SampleShape",
+    "TorchSample",
+    "TritonSample",
     "argmax",
     "draw",
     "draw_truncated",
