@@ -1,8 +1,10 @@
-"""The way of one request through a prefill and a decode worker without a router; and what workers say of themselves."""
+"""The way of one request, and of many, through a prefill and a decode worker without a router; and what workers say of
+themselves."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ from support.router_client import Answer, RouterClient
 from baton_engine.request import Mode, SamplingParams
 from baton_engine.role import TokenOut
 from baton_proto import worker_pb2, worker_pb2_grpc
+
+VOCAB = 320
+CONCURRENCY = 16
 
 
 @dataclass
@@ -65,3 +70,31 @@ async def no_page_is_held(process: WorkerProcess) -> None:
         return pages.free + pages.cached == pages.total
 
     await until(all_back)
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    """Random prompts; most share a prefix of some pages, of part of a page, or all but the last token with others."""
+    rng = random.Random(seed)
+    roots = [[rng.randrange(VOCAB) for _ in range(length)] for length in (7, 16, 33, 64, 100)]
+    made = []
+    for _ in range(count):
+        suffix = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 15, 16, 17, 40, 90)))]
+        made.append([*rng.choice([[], *roots]), *suffix])
+    return made
+
+
+async def side_by_side(
+    questions: Sequence[tuple[Sequence[int], SamplingParams]],
+    ask: Callable[[Sequence[int], SamplingParams], Awaitable[list[TokenOut]]],
+) -> list[list[TokenOut]]:
+    gate = asyncio.Semaphore(CONCURRENCY)
+
+    async def one(prompt: Sequence[int], sampling: SamplingParams) -> list[TokenOut]:
+        async with gate:
+            return await ask(prompt, sampling)
+
+    return list(await asyncio.gather(*(one(prompt, sampling) for prompt, sampling in questions)))
+
+
+def ids(answers: Sequence[Sequence[TokenOut]]) -> list[list[int]]:
+    return [[token.token_id for token in answer] for answer in answers]

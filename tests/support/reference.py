@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 
 class Reference:
-    """A float32 model of `transformers` from a checkpoint folder."""
+    """A model of `transformers` from a checkpoint folder, float32 unless said otherwise."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> list[int]:
@@ -29,7 +29,7 @@ class Reference:
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """float32[len(tokens), vocab]: row i predicts token i + 1."""
-        return self._model(torch.tensor([list(tokens)])).logits[0]
+        return self._model(torch.tensor([list(tokens)])).logits[0].float()
 
     def is_greedy(self, prompt: Sequence[int], outputs: Sequence[int]) -> bool:
         """Every output is the argmax after what is before it: what `generate` would give, in one forward pass."""

@@ -1,18 +1,19 @@
-"""Prefill and decode as real processes, over both wires: the same tokens as a colocated worker and as `transformers`.
+"""Prefill and decode as real processes, over each wire: the same tokens as a colocated worker and as `transformers`.
 
 A small client plays the router. Weights are random and float32, so a wrong or missing page changes the tokens.
+All processes compute on the CPU; with a GPU (`-m gpu`) everything is shown once more with all of them on that one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from support.checkpoints import tiny_checkpoint
-from support.pd import connected, no_page_is_held, status
+from support.kv_wires import ONESIDED, over
+from support.pd import VOCAB, connected, ids, no_page_is_held, prompts, side_by_side, status
 from support.processes import Service, WorkerProcess, spawn_service
 from support.reference import Reference
 from support.router_client import RouterClient
@@ -22,11 +23,9 @@ from baton_engine.role import TokenOut
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
-VOCAB = 320
 PAGE_TOKENS = 16
 OUTPUTS = 10
 ODD_CHUNKS = {"step_tokens": 41, "max_rows": 16}  # prompts are cut at odd places, prefills and decodes are mixed
-CONCURRENCY = 16
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +33,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), seed=7)
 
 
+@pytest.fixture(scope="module", params=("cpu", pytest.param("gpu", marks=pytest.mark.gpu)))
+def device(request: pytest.FixtureRequest) -> str:
+    return "cpu" if request.param == "cpu" else str(request.getfixturevalue("gpu_device"))
+
+
 @pytest.fixture(scope="module")
-def colocated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+def colocated(device: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     folder = tmp_path_factory.mktemp("colocated")
-    with WorkerProcess("colocated", checkpoint, folder, **ODD_CHUNKS) as process:
+    with WorkerProcess("colocated", checkpoint, folder, device=device, **ODD_CHUNKS) as process:
         yield process.wait_ready()
 
 
-@pytest.fixture(scope="module", params=("shm", "tcp"))
+@pytest.fixture(scope="module", params=over("shm", "tcp", *ONESIDED))
 def wire(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def service(wire: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(device: str, wire: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp(wire)
-    with spawn_service(folder, checkpoint, router=False, wire=wire, **ODD_CHUNKS) as service:
+    with spawn_service(folder, checkpoint, router=False, wire=wire, device=device, **ODD_CHUNKS) as service:
         yield service
-
-
-def prompts(count: int, seed: int) -> list[list[int]]:
-    """Random prompts; most share a prefix of some pages, of part of a page, or all but the last token with others."""
-    rng = random.Random(seed)
-    roots = [[rng.randrange(VOCAB) for _ in range(length)] for length in (7, 16, 33, 64, 100)]
-    made = []
-    for _ in range(count):
-        suffix = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 15, 16, 17, 40, 90)))]
-        made.append([*rng.choice([[], *roots]), *suffix])
-    return made
-
-
-async def side_by_side(
-    questions: Sequence[tuple[Sequence[int], SamplingParams]],
-    ask: Callable[[Sequence[int], SamplingParams], Awaitable[list[TokenOut]]],
-) -> list[list[TokenOut]]:
-    gate = asyncio.Semaphore(CONCURRENCY)
-
-    async def one(prompt: Sequence[int], sampling: SamplingParams) -> list[TokenOut]:
-        async with gate:
-            return await ask(prompt, sampling)
-
-    return list(await asyncio.gather(*(one(prompt, sampling) for prompt, sampling in questions)))
 
 
 async def ask_colocated(
@@ -88,10 +68,6 @@ async def ask_colocated(
             return answer.tokens
 
         return await side_by_side(questions, ask)
-
-
-def ids(answers: Sequence[Sequence[TokenOut]]) -> list[list[int]]:
-    return [[token.token_id for token in answer] for answer in answers]
 
 
 # ---- the same tokens ------------------------------------------------------------------------------------------------
