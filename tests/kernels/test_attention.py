@@ -1,5 +1,7 @@
 """Paged attention against a dense float64 formula: any page table, any mix of rows, garbage behind every row's end."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,3 +127,91 @@ def test_writes_touch_only_their_slots():
     assert (kv[3, 0, :, 0] == 1).all()
     assert (kv[1, 1, :, 15] == 2).all()
     assert kv.sum() == 2 * HEADS * DIM * 3
+
+
+# ---- narrow KV, trees, sums -----------------------------------------------------------------------------------------
+def attend(batch, scores, *, tree=None, scales=None, kv=None, seed=0):
+    """The reference on one row per (queries, tokens) whose KV is `kv` or random; also what it computed from."""
+    random = torch.Generator().manual_seed(seed)
+    pages = [-(-tokens // PAGE) for _, tokens in batch]
+    table = torch.arange(sum(pages), dtype=torch.int32).split(pages)
+    padded = torch.nn.utils.rnn.pad_sequence(list(table), batch_first=True)
+    if kv is None:
+        kv = torch.randn(sum(pages), 2, HEADS, PAGE, DIM, generator=random)
+    cu_q = [0, *torch.tensor([count for count, _ in batch]).cumsum(0).tolist()]
+    q = torch.randn(cu_q[-1], HEADS * GROUP, DIM, generator=random)
+    lse = torch.empty(cu_q[-1], HEADS * GROUP)
+    plan = plan_attention(padded, cu_q, [tokens for _, tokens in batch], PAGE)
+    out = paged_attention(q, kv, plan, scores, kv_scales=scales, tree=tree, lse=lse)
+    return q, kv, out, lse
+
+
+def row_of(kv, tokens):
+    """K and V [tokens, Hkv, D] of the first row."""
+    flat = kv.transpose(2, 3)
+    return tuple(flat[:, half].reshape(-1, HEADS, DIM)[:tokens] for half in (0, 1))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks"])
+def test_the_log_sum_is_to_base_two(kind, queries):
+    scores = KINDS[kind]
+    q, kv, out, lse = attend([(queries, 40)], scores)
+    k, v = row_of(kv, 40)
+    weights_of_ones = dense(q, k, torch.ones_like(v), 40 - queries, scores)[..., 0]  # below one where a sink takes
+    k = k.double().repeat_interleave(GROUP, dim=1)
+    raw = torch.einsum("qhd,khd->qhk", q.double(), k) * scores.scale
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(raw / scores.softcap)
+    at, token = torch.arange(40 - queries, 40)[:, None], torch.arange(40)
+    seen = (token <= at) & (token > at - (scores.window or 100))
+    sums = raw.masked_fill(~seen[:, None], float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), (sums - weights_of_ones.log()) / math.log(2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.double(), dense(q, *row_of(kv, 40), 40 - queries, scores), rtol=1e-4, atol=1e-5)
+
+
+def test_a_node_of_a_tree_sees_the_prefix_and_its_ancestors():
+    """Prefix, then two drafts of two tokens each behind one root: 0 - 1 - 2 and 0 - 3 - 4."""
+    ancestors = [{0}, {0, 1}, {0, 1, 2}, {0, 3}, {0, 3, 4}]
+    tree = torch.tensor([sum(1 << node for node in path) for path in ancestors])
+    q, kv, out, _ = attend([(5, 25)], KINDS["plain"], tree=tree)
+    k, v = row_of(kv, 25)
+    for node, path in enumerate(ancestors):
+        chosen = [*range(20), *(20 + one for one in sorted(path))]
+        alone = dense(q[node : node + 1], k[chosen], v[chosen], len(chosen) - 1, KINDS["plain"])
+        torch.testing.assert_close(out[node : node + 1].double(), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_depth_of_a_node_is_its_place_in_the_window():
+    tree = torch.tensor([0b001, 0b010, 0b100])  # three roots: each is the token right behind the prefix
+    q, kv, out, _ = attend([(3, 103)], Scores(scale=SCALE, window=64), tree=tree)
+    k, v = row_of(kv, 103)
+    for node in range(3):
+        chosen = [*range(37, 100), 100 + node]
+        alone = dense(q[node : node + 1], k[chosen], v[chosen], 63, KINDS["plain"])
+        torch.testing.assert_close(out[node : node + 1].double(), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tree_without_branches_is_causal():
+    batch = [(70, 90), (4, 9), (1, 30)]
+    every = torch.full((75,), -1)
+    scores = Scores(scale=SCALE, window=66)
+    torch.testing.assert_close(attend(batch, scores, tree=every)[2], attend(batch, scores)[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("batch", [[(1, 37)], [(6, 37), (1, 20)]])
+def test_narrow_kv_is_what_its_codes_stand_for(dtype, batch):
+    pages = sum(-(-tokens // PAGE) for _, tokens in batch)
+    random = torch.Generator().manual_seed(5)
+    values = torch.randn(pages, 2, HEADS, PAGE, DIM, generator=random)
+    if dtype is torch.int8:
+        scales = values.abs().amax(-1) / 127
+        codes = (values / scales.unsqueeze(-1)).round().to(torch.int8)
+        meant = codes.float() * scales.unsqueeze(-1)
+    else:
+        scales = torch.tensor([0.1, 0.03])
+        codes = (values / scales.view(1, 2, 1, 1, 1)).clamp(-448, 448).to(dtype)
+        meant = codes.float() * scales.view(1, 2, 1, 1, 1)
+    narrow = attend(batch, KINDS["plain"], kv=codes, scales=scales)[2]
+    torch.testing.assert_close(narrow, attend(batch, KINDS["plain"], kv=meant)[2], rtol=1e-4, atol=1e-5)

@@ -90,7 +90,7 @@ def _visible(n, position, bits, start, window, BLOCK_N: tl.constexpr, TREE: tl.c
     age = position[:, None] - token
     if TREE:
         own = token - start
-        bit = (bits[:, None] >> tl.minimum(tl.maximum(own, 0), 63).to(tl.int64)) & 1
+        bit = (bits[:, None] >> (own & 63).to(tl.int64)) & 1
         return tl.where(own.to(tl.uint32, bitcast=True) < 64, bit != 0, _within(age, window))
     else:
         return _within(age, window)

@@ -292,7 +292,7 @@ def _configs(capabilities: Capabilities, _shape: AttentionShape) -> Sequence[Con
     base = {"WAVES": 3, "EXTEND_M": 128, "EXTEND_DESCRIPTORS": 0}
     for name in TILES:
         base |= {f"{name}_N": 64, f"{name}_WARPS": 4, f"{name}_STAGES": 3}
-    found = [base | {"WAVES": waves} for waves in (1, 2, 3, 4, 6)]
+    found = [base | {"WAVES": waves} for waves in (1, 2, 3, 4, 6)] + [base | {"EXTEND_M": 64}]
     for name, block_n, warps, stages in product(TILES, (32, 64, 128), (2, 4, 8), (2, 3, 4, 5)):
         own = {f"{name}_N": block_n, f"{name}_WARPS": warps, f"{name}_STAGES": stages}
         kinds = (0, 1) if capabilities.descriptors else (0,)
