@@ -1,4 +1,4 @@
-"""`baton explain`: every setting of every component, its value, and where the value came from."""
+"""`baton explain`: every setting of every component, its value, and where the value came from; and the wires here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from baton_common.errors import ConfigError
 from baton_common.settings import resolve
 from baton_engine.config import EngineConfig
 from baton_kvtransfer.config import TransferConfig
+from baton_kvtransfer.wires.choice import WIRES, has_rdma, skipped
 from baton_router.config import RouterConfig
 from baton_worker.config import WorkerConfig
 
@@ -35,3 +36,17 @@ def show(section: str | None, *, file: Path | None, environment: Mapping[str, st
         for row in resolved.explain():
             table.add_row(*(cell.replace("[", "\\[") for cell in row))
         console.print(table, "")
+        if name == "transfer":
+            _wires(console)
+
+
+def _wires(console: Console) -> None:
+    """What `wire: auto` can choose from on this machine."""
+    rdma = has_rdma()
+    table = Table(title="wires that auto offers here, preferred first", title_justify="left", box=None, pad_edge=False)
+    for heading in ("wire", "offered"):
+        table.add_column(heading, overflow="fold")
+    for wire in WIRES:
+        reason = skipped(wire, rdma=rdma).replace("[", "\\[")
+        table.add_row(wire, f"no: {reason}" if reason else "yes")
+    console.print(table, "")

@@ -42,7 +42,7 @@ def up(
     dtype: Annotated[str | None, typer.Option(help="of weights and activations: bfloat16, float32")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="of the KV cache: auto, bfloat16, float32")] = None,
     context_tokens: Annotated[int | None, typer.Option(min=16, help="longest prompt + answer")] = None,
-    wire: Annotated[str | None, typer.Option(help="how KV travels: auto, shm, tcp")] = None,
+    wire: Annotated[str | None, typer.Option(help="how KV travels: auto, shm, tcp, nixl, mooncake")] = None,
     served_name: Annotated[str | None, typer.Option(help="model name in API requests")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with settings of router, worker, engine, transfer")] = None,
     name: Annotated[str | None, typer.Option(help="name of the service (default: default)")] = None,

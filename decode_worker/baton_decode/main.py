@@ -6,6 +6,7 @@ import os
 import sys
 
 from baton_decode.role import DecodeRole
+from baton_kvtransfer import leave
 from baton_proto import worker_pb2
 from baton_worker.process import Program, RoleKind, RoleSetting, run
 
@@ -25,7 +26,7 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the command."""
-    sys.exit(run(PROGRAM, sys.argv[1:], os.environ))
+    leave(run(PROGRAM, sys.argv[1:], os.environ))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from baton_kvtransfer.config import TransferConfig
 from baton_kvtransfer.endpoint import KvEndpoint, Transfer
 from baton_kvtransfer.layout import AxisOrder, PageLayout
+from baton_kvtransfer.leaving import leave
 from baton_kvtransfer.metrics import TransferMetrics
 from baton_kvtransfer.records import Fence, FirstToken, Inbound, InboundEvents, Outbound, PeerInfo, Receipt
 
@@ -20,4 +21,5 @@ __all__ = [
     "Transfer",
     "TransferConfig",
     "TransferMetrics",
+    "leave",
 ]

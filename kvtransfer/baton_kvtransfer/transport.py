@@ -2,11 +2,12 @@
 
 An address is `tcp://host:port?unix=<name>&host=<host id>`. The unix socket is abstract: reachable from the same network
 namespace, gone with its process, no file to clean up. A host id names the running kernel and that namespace, so equal
-ids mean that the unix socket can be reached and descriptors can be passed. Which wires run over them: `wires/choice.py`.
+ids mean that the unix socket can be reached and descriptors can be passed. Which wires run over it: `wires/choice.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -22,6 +23,8 @@ from baton_kvtransfer.errors import PeerGone, WireError
 from baton_kvtransfer.protocol import ALIVE_MISSES
 from baton_kvtransfer.wires import Wire
 from baton_kvtransfer.wires.choice import choose, has_rdma, host_id
+
+log = logging.getLogger(__name__)
 
 _PENDING = 128
 _PEERCRED = struct.Struct("3i")
@@ -95,9 +98,21 @@ class SocketTransport:
         self._host_id = "" if config.wire == "tcp" else host_id()
         choice = choose(config, rdma=has_rdma() if rdma is None else rdma)
         self.wires: Mapping[str, Wire] = choice.wires
-        self._skipped = choice.skipped
+        self._skipped = dict(choice.skipped)
 
     def listen(self) -> SocketListener:
+        ready = {}
+        for name, wire in self.wires.items():
+            try:
+                wire.start()
+                ready[name] = wire
+            except WireError as error:
+                wire.close()
+                if self._config.wire == name:
+                    raise
+                log.warning("the %s wire is left out: %s", name, error.message)
+                self._skipped[name] = error.message
+        self.wires = ready
         return SocketListener(self._config, self._host_id, self._channel)
 
     def _channel(self, sock: socket.socket) -> SocketChannel:

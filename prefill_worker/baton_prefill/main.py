@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from baton_kvtransfer import leave
 from baton_prefill.role import PrefillRole
 from baton_proto import worker_pb2
 from baton_worker.process import Program, RoleKind, RoleSetting, run
@@ -22,7 +23,7 @@ PROGRAM = Program(
 
 def main() -> None:
     """Entry point of the command."""
-    sys.exit(run(PROGRAM, sys.argv[1:], os.environ))
+    leave(run(PROGRAM, sys.argv[1:], os.environ))
 
 
 if __name__ == "__main__":

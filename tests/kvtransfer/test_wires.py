@@ -13,6 +13,7 @@ from baton_kvtransfer.errors import LayoutMismatch, WireError
 from baton_kvtransfer.transport import Address, SocketTransport
 from baton_kvtransfer.wires.choice import choose, has_rdma, skipped
 from baton_kvtransfer.wires.oneside import mooncake, nixl
+from baton_kvtransfer.wires.oneside.wire import OnesideWire
 
 AUTO = TransferConfig(slot_bytes=4096, slots_per_peer=4)
 
@@ -102,6 +103,23 @@ def test_a_library_that_breaks_while_it_loads_is_left_out_with_its_own_words(mon
     assert list(choice.wires) == ["shm", "tcp"]
     if not skipped("nixl", rdma=True):
         assert "libibverbs.so.1" in choice.skipped["nixl"]
+
+
+def test_auto_leaves_out_a_wire_whose_devices_cannot_be_opened_and_a_name_insists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: OnesideWire) -> None:
+        raise WireError("NIXL cannot start: no usable device")
+
+    monkeypatch.setattr(nixl, "load", lambda: None)
+    monkeypatch.setattr(nixl, "MODULES", ("json",))
+    monkeypatch.setattr(OnesideWire, "start", fail)
+    transport = SocketTransport(AUTO, rdma=True)
+    assert "nixl" in transport.wires
+    transport.listen().close()
+    assert list(transport.wires) == ["shm", "tcp"]
+    with pytest.raises(WireError, match="no usable device"):
+        SocketTransport(TransferConfig(wire="nixl")).listen()
 
 
 def test_every_wire_is_offered_or_left_out_with_a_reason() -> None:

@@ -376,3 +376,16 @@ def test_a_process_that_used_the_library_ends_cleanly(wire: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, env=environment)
     assert done.stdout.splitlines()[-1] == "told", done.stderr[-2000:]
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("wire", over("nixl"))
+def test_a_process_leaves_with_its_status_past_the_exit_handlers_of_nixl(wire: str) -> None:
+    program = (
+        "import atexit, sys; from baton_kvtransfer import leave; from baton_kvtransfer.wires.oneside import nixl\n"
+        "atexit.register(print, 'handlers')\n"
+        "if sys.argv[1] == 'nixl': nixl.load()\n"
+        "print('all is closed'); leave(3)"
+    )
+    for loaded, said in ((wire, "all is closed\n"), ("nothing", "all is closed\nhandlers\n")):
+        done = subprocess.run([sys.executable, "-c", program, loaded], capture_output=True, text=True, timeout=90)
+        assert (done.returncode, done.stdout) == (3, said), done.stderr[-2000:]

@@ -65,6 +65,9 @@ class Wire(Protocol):
     @property
     def caps(self) -> Caps: ...
 
+    def start(self) -> None:
+        """Raises WireError when no link could ever use it. May take seconds; the first link does not have them."""
+
     def land(self, *, slots: int, slot_bytes: int) -> Landing:
         """Make the memory for one peer. Raises WireError when the system has none."""
 

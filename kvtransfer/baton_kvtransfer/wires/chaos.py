@@ -127,7 +127,7 @@ class ChaosWire:
         self.name = inner.name
         self.caps: Caps = inner.caps
         self.land: Callable[..., Landing] = inner.land
-        self.close = inner.close
+        self.start, self.close = inner.start, inner.close
 
     def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> Reach:
         return ChaosReach(self._inner.reach(welcome, channel, wake), self._faults, late=self.caps.remote_memory)

@@ -22,6 +22,9 @@ from baton_kvtransfer.wires.oneside.wire import OnesideWire
 from baton_kvtransfer.wires.shm import ShmWire
 from baton_kvtransfer.wires.tcp import TcpWire
 
+WIRES = ("shm", "nixl", "mooncake", "tcp")
+"""Preferred first."""
+
 RDMA_DEVICES = Path("/dev/infiniband")
 _SYSTEM_PACKAGES = "libibverbs1 librdmacm1 libnuma1 libcurl4"
 
@@ -64,9 +67,9 @@ def choose(config: TransferConfig, *, rdma: bool) -> Choice:
     """Raises WireError when the wire that is insisted on cannot be had."""
     makers: Mapping[str, Callable[[], Wire]] = {
         "shm": ShmWire,
+        "tcp": TcpWire,
         "nixl": partial(_nixl, config),
         "mooncake": partial(_mooncake, config, rdma),
-        "tcp": TcpWire,
     }
     if config.wire != "auto":
         if config.wire == "shm" and not host_id():
@@ -74,12 +77,12 @@ def choose(config: TransferConfig, *, rdma: bool) -> Choice:
         return Choice(wires={config.wire: makers[config.wire]()}, skipped={})
     wires: dict[str, Wire] = {}
     reasons: dict[str, str] = {}
-    for name, make in makers.items():
+    for name in WIRES:
         if reason := skipped(name, rdma=rdma):
             reasons[name] = reason
             continue
         try:
-            wires[name] = make()
+            wires[name] = makers[name]()
         except WireError as error:
             reasons[name] = error.message
     return Choice(wires=wires, skipped=reasons)

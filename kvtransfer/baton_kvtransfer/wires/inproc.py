@@ -59,6 +59,9 @@ class InprocWire:
             raise WireError("the peer's slots are not in this process")
         return InprocMemory(memory, welcome.slot_bytes, b"")
 
+    def start(self) -> None:
+        """Needs nothing."""
+
     def close(self) -> None:
         """Holds nothing."""
 

@@ -54,6 +54,9 @@ class ShmWire:
             for fd in fds:
                 os.close(fd)
 
+    def start(self) -> None:
+        """Needs nothing."""
+
     def close(self) -> None:
         """Holds nothing."""
 

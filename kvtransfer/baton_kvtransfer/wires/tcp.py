@@ -19,6 +19,9 @@ class TcpWire:
     def reach(self, welcome: PeerWelcome, channel: Channel, wake: Callable[[], None]) -> TcpReach:
         return TcpReach(welcome.slot_bytes)
 
+    def start(self) -> None:
+        """Needs nothing."""
+
     def close(self) -> None:
         """Holds nothing."""
 

@@ -18,6 +18,9 @@ from baton_kvtransfer.wires.oneside.memory import SlotMemory
 from baton_kvtransfer.wires.oneside.pump import Pump
 from baton_proto.peer_pb2 import PeerMessage, PeerWelcome, Slot
 
+_START_S = 30.0
+"""Devices are opened and asked what they can do."""
+
 
 class OnesideWire:
     caps = Caps(same_host=False, remote_memory=True, detects_death=True)
@@ -27,6 +30,9 @@ class OnesideWire:
         self.name = name
         self._limit_s = limit_s
         self._pump = Pump(name, open_engine)
+
+    def start(self) -> None:
+        self._pump.ask(lambda engine: None, _START_S)
 
     def land(self, *, slots: int, slot_bytes: int) -> OnesideLanding:
         memory = SlotMemory(slots * slot_bytes)
