@@ -16,6 +16,7 @@ FAMILIES: Sequence[Family[Any, Any]] = (
     pages.FAMILY,
     step.FAMILY,
     sampler.SAMPLE,
+    sampler.LOGPROBS,
     paged.FAMILY,
     mla.FAMILY,
     merge.FAMILY,

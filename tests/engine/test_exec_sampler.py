@@ -10,13 +10,18 @@ from baton_engine.exec.sampler import LOGPROB_FLOOR, RowSampler, validate
 from baton_engine.request import SamplingParams
 from baton_engine.step import RowAdmission, RowWork
 from baton_kernels import sampler as math
+from baton_kernels.capabilities import CPU
+from baton_kernels.library import Library
 
 VOCAB = 60
 EOS = 2
 
 
-def make(rows=8):
-    return RowSampler(rows=rows, vocab=VOCAB, eos_token_ids=[EOS], device=torch.device("cpu"), upload=torch.from_numpy)
+def make(rows=8, library=None):
+    return RowSampler(
+        rows=rows, vocab=VOCAB, eos_token_ids=[EOS], device=torch.device("cpu"), upload=torch.from_numpy,
+        library=Library(CPU) if library is None else library,
+    )  # fmt: skip
 
 
 def admission(row, sampling, prompt=(3, 4), output=()):

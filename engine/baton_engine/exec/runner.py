@@ -112,7 +112,8 @@ class Runner:
         def allocate() -> tuple[RowSampler, Tensor, Tensor]:  # in stream order, as all that will touch them
             return (
                 RowSampler(
-                    rows=rows, vocab=vocab, eos_token_ids=eos_token_ids, device=where, upload=device.upload
+                    rows=rows, vocab=vocab, eos_token_ids=eos_token_ids, device=where, upload=device.upload,
+                    library=device.library,
                 ),
                 torch.zeros((rows, columns), dtype=torch.int32, device=where),
                 torch.zeros(rows, dtype=torch.int64, device=where),

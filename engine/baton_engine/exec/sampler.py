@@ -1,46 +1,34 @@
-"""Sampling state of the request table, and the grouping that lets a row pay only for what it asks.
+"""Sampling state of the request table: what each row wants, and the histories of rows with penalties.
 
 `prepare` runs on the planning thread and turns parameters into index tensors; `sample` runs on the device, in order of
-steps, and alone touches device state. A step of greedy rows is one argmax. Counts exist only for rows with penalties.
+steps, and alone touches device state. Counts exist only for rows with penalties.
 Invariant: a token depends on its row's logits, parameters, history and output position, never on the rest of the batch.
-It does not know stop rules: what ends a request is decided when the step is collected.
+It does not know how tokens are chosen (the chooser does), nor stop rules: what ends a request is decided when the step
+is collected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
-from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from baton_common.errors import InvalidRequest
+from baton_engine.exec.choosing import Choose, Chooser, Ids, Need, Tables, Upload, Wanted
+from baton_engine.exec.fused import Fused
+from baton_engine.exec.grouped import Grouped
 from baton_engine.request import SamplingParams
 from baton_engine.role import TokenLogprobs
 from baton_engine.step import RowAdmission, RowWork
-from baton_kernels import sampler as math
+from baton_kernels.library import Library
+from baton_kernels.sampler import LOGPROBS, SAMPLE, SampleShape, TritonLogprobs, TritonSample
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 cannot tell from greedy
-CACHED_LOGITS = 1 << 18  # that a CPU works on at a time
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 LOGPROB_FLOOR = -9999.0  # a masked token's -inf would not survive JSON; OpenAI uses the same number
-Ids = NDArray[np.int64]
-Upload = Callable[[NDArray[Any]], Tensor]
-
-
-class Need(IntFlag):
-    """What a row wants beyond argmax."""
-
-    NOISE = 1
-    TRUNCATE = 2
-    PENALTY = 4
-    BIAS = 8
-    MIN_TOKENS = 16
-    LOGPROBS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,44 +45,14 @@ class _Reset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
-    """Some sampled positions: `at` in [0, S), their table rows, and one more int64 each (output position or slot).
-
-    So few that a pass over their logits stays in a CPU's cache: with a dozen passes that is half of the time.
-    """
-
-    at: Tensor
-    rows: Tensor
-    extra: Tensor
-
-
-class _Cut(TypedDict):
-    width: int
-    whole_mass: bool
-
-
-class _Logprobs(TypedDict):
-    logprobs_at: tuple[Tensor, ...]
-    top: int
-    tops: tuple[int, ...] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleBatch:
-    """One step's work, made by `prepare`. A None is a thing that nobody in this step needs."""
+    """One step's work, made by `prepare`."""
 
+    choose: Choose
     reset: _Reset | None = None
-    penalised: tuple[_Group, ...] = ()
-    bias: tuple[Tensor, Tensor] | None = None  # flat indices into [S, vocab], values
-    masked: Tensor | None = None  # flat indices
-    plain: tuple[_Group, ...] = ()
-    truncated: tuple[_Group, ...] = ()
-    drawn: int = 0  # positions in `plain` and `truncated`
-    width: int = math.CANDIDATES  # see kernels' truncate
-    whole_mass: bool = False
     logprobs_at: tuple[Tensor, ...] = ()
     top: int = 0
-    tops: tuple[int, ...] | None = None  # per sampled position, -1 = no logprobs
+    tops: tuple[int, ...] | None = None  # per sampled position, -1 = no logprobs; None = nobody asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,24 +90,34 @@ class RowSampler:
     """Owner of the sampling state of all rows."""
 
     def __init__(
-        self, *, rows: int, vocab: int, eos_token_ids: Iterable[int], device: torch.device, upload: Upload
+        self,
+        *,
+        rows: int,
+        vocab: int,
+        eos_token_ids: Iterable[int],
+        device: torch.device,
+        upload: Upload,
+        library: Library,
     ) -> None:
-        """`upload` carries what `prepare` makes to the device, in stream order."""
+        """`upload` carries what `prepare` makes to the device, in stream order. `library`: the device's kernels."""
         self._vocab = vocab
         self._eos = frozenset(eos_token_ids)
         self._device = device
         self._upload = upload
+        self._chooser = _chooser(library, rows=rows, vocab=vocab, device=device, upload=upload)
         # Planning thread.
         self._needs = np.zeros(rows, dtype=np.int64)
         self._params: list[SamplingParams | None] = [None] * rows
         self._slot_of: dict[int, int] = {}
         self._free_slots: list[int] = []
         self._slots = 0
-        # Device, in stream order. Columns: temperature, top_p, min_p, repetition, presence, frequency | seed, top_k.
-        self._reals = torch.zeros((rows, 6), dtype=torch.float32, device=device)
-        self._integers = torch.zeros((rows, 2), dtype=torch.int64, device=device)
-        self._counts = torch.zeros((0, vocab), dtype=torch.int32, device=device)
-        self._in_prompt = torch.zeros((0, vocab), dtype=torch.bool, device=device)
+        # Device, in stream order.
+        self._tables = Tables(
+            reals=torch.zeros((rows, 6), dtype=torch.float32, device=device),
+            integers=torch.zeros((rows, 2), dtype=torch.int64, device=device),
+            counts=torch.zeros((0, vocab), dtype=torch.int32, device=device),
+            in_prompt=torch.zeros((0, vocab), dtype=torch.bool, device=device),
+        )
 
     # ---- planning thread ------------------------------------------------------------------------------------------
     def prepare(self, admissions: Sequence[RowAdmission], sampled: Sequence[RowWork]) -> SampleBatch:
@@ -158,21 +126,39 @@ class RowSampler:
         rows = np.fromiter((work.row for work in sampled), np.int64, len(sampled))
         needs = self._needs[rows]
         if not needs.any():
-            return SampleBatch(reset=reset)
-        positions = np.fromiter((work.output_position for work in sampled), np.int64, len(sampled))
-        noise = needs & (Need.NOISE | Need.TRUNCATE)
-        truncated = np.flatnonzero(noise == Need.NOISE | Need.TRUNCATE)
-        return SampleBatch(
-            reset=reset,
-            penalised=self._penalised(rows, needs),
-            bias=self._bias(rows, needs),
-            masked=self._masked(rows, needs, positions),
-            plain=self._groups(np.flatnonzero(noise == Need.NOISE), rows, positions),
-            truncated=self._groups(truncated, rows, positions),
-            drawn=int(np.count_nonzero(noise)),
-            **self._cut(rows[truncated]),
-            **self._logprobs(rows, needs),
+            return SampleBatch(reset=reset, choose=self._chooser.greedy(len(rows)))
+        wanted = self._wanted(rows, needs, [work.output_position for work in sampled])
+        choose = self._chooser.plan(wanted)
+        at = np.flatnonzero(needs & Need.LOGPROBS)
+        if not len(at):
+            return SampleBatch(reset=reset, choose=choose)
+        tops = [-1] * len(rows)
+        for index in at.tolist():
+            tops[index] = wanted.params[index].top_logprobs
+        parts = tuple(self._ids(part) for part in self._chooser.parts(at))
+        return SampleBatch(reset=reset, choose=choose, logprobs_at=parts, top=max(tops), tops=tuple(tops))
+
+    def _wanted(self, rows: Ids, needs: Ids, positions: Sequence[int]) -> Wanted:
+        params = [self._row(row) for row in rows]
+        slots = np.full(len(rows), -1, dtype=np.int64)
+        penalised = np.flatnonzero(needs & Need.PENALTY)
+        slots[penalised] = [self._slot_of[row] for row in rows[penalised].tolist()]
+        return Wanted(
+            rows=rows,
+            needs=needs,
+            positions=np.array(positions, dtype=np.int64),
+            slots=slots,
+            params=params,
+            banned={
+                at: self._stops(params[at])
+                for at in np.flatnonzero(needs & Need.MIN_TOKENS).tolist()
+                if positions[at] < params[at].min_tokens
+            },
         )
+
+    def _stops(self, params: SamplingParams) -> list[int]:
+        stops = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self._eos
+        return [token for token in stops if token < self._vocab]
 
     def _admit(self, admissions: Sequence[RowAdmission]) -> _Reset | None:
         stateful: list[RowAdmission] = []
@@ -215,61 +201,10 @@ class RowSampler:
         self._slot_of[row] = slot
         return slot
 
-    def _penalised(self, rows: Ids, needs: Ids) -> tuple[_Group, ...]:
-        at = np.flatnonzero(needs & Need.PENALTY)
-        slots = np.zeros(len(rows), dtype=np.int64)
-        slots[at] = [self._slot_of[row] for row in rows[at].tolist()]
-        return self._groups(at, rows, slots)
-
-    def _bias(self, rows: Ids, needs: Ids) -> tuple[Tensor, Tensor] | None:
-        ids: list[int] = []
-        values: list[float] = []
-        for at in np.flatnonzero(needs & Need.BIAS).tolist():
-            bias = self._row(rows[at]).logit_bias
-            ids.extend(at * self._vocab + token for token in bias)
-            values.extend(bias.values())
-        return (self._ids(ids), self._upload(np.array(values, dtype=np.float32))) if ids else None
-
-    def _masked(self, rows: Ids, needs: Ids, positions: Ids) -> Tensor | None:
-        ids: list[int] = []
-        for at in np.flatnonzero(needs & Need.MIN_TOKENS).tolist():
-            params = self._row(rows[at])
-            if positions[at] < params.min_tokens:
-                stops = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | self._eos
-                ids.extend(at * self._vocab + token for token in stops if token < self._vocab)
-        return self._ids(ids) if ids else None
-
-    def _cut(self, rows: Ids) -> _Cut:
-        """Best tokens to look at: one more than top-k where every row has one, else enough for nearly every row."""
-        params = [self._row(row) for row in rows]
-        return {
-            "width": max((one.top_k + 1 if one.top_k else math.CANDIDATES for one in params), default=1),
-            "whole_mass": any(one.top_p < 1.0 and not one.top_k for one in params),
-        }
-
-    def _logprobs(self, rows: Ids, needs: Ids) -> _Logprobs:
-        at = np.flatnonzero(needs & Need.LOGPROBS)
-        if not len(at):
-            return {"logprobs_at": (), "top": 0, "tops": None}
-        tops = [-1] * len(rows)
-        for index in at.tolist():
-            tops[index] = self._row(rows[index]).top_logprobs
-        return {"logprobs_at": tuple(map(self._ids, self._parts(at))), "top": max(tops), "tops": tuple(tops)}
-
     def _row(self, row: int) -> SamplingParams:
         params = self._params[row]
         assert params is not None, f"row {row} is sampled before its admission"
         return params
-
-    def _groups(self, at: Ids, rows: Ids, extra: Ids) -> tuple[_Group, ...]:
-        return tuple(
-            _Group(at=self._ids(part), rows=self._ids(rows[part]), extra=self._ids(extra[part]))
-            for part in self._parts(at)
-        )
-
-    def _parts(self, at: Ids) -> list[Ids]:
-        size = max(1, CACHED_LOGITS // self._vocab) if self._device.type == "cpu" else max(1, len(at))
-        return [at[begin : begin + size] for begin in range(0, len(at), size)]
 
     def _pairs(self, histories: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         slots = [np.full(len(tokens), slot, dtype=np.int64) for slot, tokens in histories]
@@ -285,69 +220,37 @@ class RowSampler:
         """Tokens of float32[S, vocab] `logits`, which are changed in place. In order of steps."""
         if batch.reset is not None:
             self._apply(batch.reset)
-        for group in batch.penalised:
-            self._penalise(logits, group)
-        if batch.bias is not None:
-            logits.view(-1).index_add_(0, *batch.bias)
-        if batch.masked is not None:
-            logits.view(-1).index_fill_(0, batch.masked, float("-inf"))
-        tokens = self._choose(logits, batch)
-        for group in batch.penalised:
-            made = tokens[group.at]
-            self._counts.index_put_((group.extra, made), torch.ones_like(made, dtype=torch.int32), True)
-        parts = [math.log_probabilities(logits[at], tokens[at], batch.top) for at in batch.logprobs_at]
+        tokens = batch.choose(logits, self._tables)
+        parts = [self._chooser.log_probabilities(logits, at, tokens, batch.top) for at in batch.logprobs_at]
         if not parts:
             return Sampled(tokens=tokens)
         chosen, ids, values = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return Sampled(tokens=tokens, logprobs=(chosen, ids, values))
 
-    def _choose(self, logits: Tensor, batch: SampleBatch) -> Tensor:
-        if batch.drawn < len(logits):
-            tokens = math.argmax(logits)
-        else:
-            tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
-        for group in batch.plain:
-            keys = math.noise_keys(self._integers[group.rows, 0], group.extra)
-            drawn = math.draw(logits[group.at], self._reals[group.rows, 0], *keys)
-            tokens.index_copy_(0, group.at, drawn)
-        for group in batch.truncated:
-            integers = self._integers[group.rows]
-            temperature, top_p, min_p = self._reals[group.rows, :3].unbind(1)
-            keys = math.noise_keys(integers[:, 0], group.extra)
-            drawn = math.draw_truncated(
-                logits[group.at],
-                temperature,
-                integers[:, 1],
-                top_p,
-                min_p,
-                *keys,
-                width=batch.width,
-                whole_mass=batch.whole_mass,
-            )
-            tokens.index_copy_(0, group.at, drawn)
-        return tokens
-
-    def _penalise(self, logits: Tensor, group: _Group) -> None:
-        repetition, presence, frequency = self._reals[group.rows, 3:].unbind(1)
-        changed = math.penalise_(
-            logits[group.at], self._counts[group.extra], self._in_prompt[group.extra], repetition, presence, frequency
-        )
-        logits.index_copy_(0, group.at, changed)
-
     def _apply(self, reset: _Reset) -> None:
-        self._reals.index_copy_(0, reset.rows, reset.reals)
-        self._integers.index_copy_(0, reset.rows, reset.integers)
+        tables = self._tables
+        tables.reals.index_copy_(0, reset.rows, reset.reals)
+        tables.integers.index_copy_(0, reset.rows, reset.integers)
         if not len(reset.slots):
             return
-        missing = reset.capacity - len(self._counts)
+        missing = reset.capacity - len(tables.counts)
         if missing > 0:
-            self._counts = torch.cat([self._counts, self._counts.new_zeros((missing, self._vocab))])
-            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros((missing, self._vocab))])
-        self._counts.index_fill_(0, reset.slots, 0)
-        self._in_prompt.index_fill_(0, reset.slots, False)
-        self._in_prompt[reset.prompt[0], reset.prompt[1]] = True
+            tables.counts = torch.cat([tables.counts, tables.counts.new_zeros((missing, self._vocab))])
+            tables.in_prompt = torch.cat([tables.in_prompt, tables.in_prompt.new_zeros((missing, self._vocab))])
+        tables.counts.index_fill_(0, reset.slots, 0)
+        tables.in_prompt.index_fill_(0, reset.slots, False)
+        tables.in_prompt[reset.prompt[0], reset.prompt[1]] = True
         ones = torch.ones(reset.output.shape[1], dtype=torch.int32, device=self._device)
-        self._counts.index_put_((reset.output[0], reset.output[1]), ones, True)
+        tables.counts.index_put_((reset.output[0], reset.output[1]), ones, True)
+
+
+def _chooser(library: Library, *, rows: int, vocab: int, device: torch.device, upload: Upload) -> Chooser:
+    """The kernels' way where the device has them, else group by group."""
+    shape = SampleShape(vocab=vocab)
+    sample, logprobs = library.bind(SAMPLE, shape), library.bind(LOGPROBS, shape)
+    if isinstance(sample, TritonSample) and isinstance(logprobs, TritonLogprobs):
+        return Fused(sample, logprobs, shape, rows=rows, device=device, upload=upload)
+    return Grouped(vocab=vocab, device=device, upload=upload)
 
 
 def _needs(params: SamplingParams) -> Need:

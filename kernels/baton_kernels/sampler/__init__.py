@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from baton_kernels.registry import Family, Implementation, anywhere
 from baton_kernels.sampler.cases import cases
+from baton_kernels.sampler.logprobs import FAMILY as LOGPROBS
+from baton_kernels.sampler.logprobs import TorchLogprobs, TritonLogprobs
+from baton_kernels.sampler.logprobs import scratch as logprobs_scratch
 from baton_kernels.sampler.reference import (
     CANDIDATES,
     argmax,
@@ -22,7 +25,7 @@ from baton_kernels.sampler.reference import (
     race_,
     truncate,
 )
-from baton_kernels.sampler.sample import SampleShape, TorchSample, TritonSample, configs, refuses
+from baton_kernels.sampler.sample import Flags, SampleShape, TorchSample, TritonSample, Work, configs, refuses
 
 VOCABULARIES = (32000, 128256, 151936, 201088, 262144)
 """Of the models that we serve: Llama 2 and 3, Qwen, GPT-OSS, Gemma."""
@@ -39,14 +42,21 @@ SAMPLE: Family[SampleShape, TorchSample | TritonSample] = Family(
 
 __all__ = [
     "CANDIDATES",
+    "LOGPROBS",
     "SAMPLE",
+    "VOCABULARIES",
+    "Flags",
     "SampleShape",
+    "TorchLogprobs",
     "TorchSample",
+    "TritonLogprobs",
     "TritonSample",
+    "Work",
     "argmax",
     "draw",
     "draw_truncated",
     "log_probabilities",
+    "logprobs_scratch",
     "mix_",
     "noise_bits",
     "noise_keys",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.registry import needs_triton
-from baton_kernels.rt.check import check
+from baton_kernels.rt.check import check, check_contiguous
 from baton_kernels.rt.program import Config, InputError, Program, pointer
 from baton_kernels.sampler import reference
 from baton_kernels.sampler.kernels import choose_tokens, scan_logits
@@ -220,11 +220,11 @@ class TritonSample:
             (ints, "workspace", (floats.shape[0], self._shape.ints)),
             (out, "out", (positions,)),
         ):
-            _check_dense(tensor, name, shape)
+            check_dense(tensor, name, shape)
         if floats.shape[0] < positions:
             raise InputError(f"workspace is for {floats.shape[0]} positions, logits has {positions}")
         if masks is not None:
-            _check_dense(masks, "masks", (None, -(-vocab // 32)))
+            check_dense(masks, "masks", (None, -(-vocab // 32)))
         # What no position refers to is not read.
         list_ids = counts if list_ids is None else list_ids
         list_values = reals if list_values is None else list_values
@@ -236,10 +236,10 @@ class TritonSample:
         return out
 
 
-def _check_dense(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
+def check_dense(tensor: Tensor, name: str, shape: Sequence[int | None]) -> None:
+    """See `check`; rows lie one behind the other, too."""
     check(tensor, name, shape)
-    if not tensor.is_contiguous():
-        raise InputError(f"{name} has gaps between its rows (strides {tensor.stride()}); make a copy of it")
+    check_contiguous(tensor, name)
 
 
 def _whole(size: int, of: int) -> int:
