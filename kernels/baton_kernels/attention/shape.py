@@ -57,9 +57,10 @@ class AttentionShape:
 
     @property
     def label(self) -> str:
-        """What decides tile sizes: bytes of a KV token, and how they are converted."""
-        kind = {1: "fp8", 4: "int8"}.get(self.factors, "" if self.dtype.itemsize == 2 else "32bit")
-        return f"d{self.padded_dim}" + (f"-{kind}" if kind else "")
+        """What decides tile sizes: how wide a row of operands is, in 16-bit elements, and how it is converted."""
+        width = min(256, self.padded_dim * max(1, self.dtype.itemsize // 2))
+        kind = {1: "-fp8", 4: "-int8"}.get(self.factors, "") if width < 256 else ""
+        return f"d{width}{kind}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
