@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from baton_kernels import oracle
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.oracle import Choice, Unsupported
 from baton_kernels.registry import Family, O, S
-from baton_kernels.rt.program import CompileFailed
+from baton_kernels.rt.program import CompileFailed, Program
 
 log = logging.getLogger("baton.kernels")
 
@@ -24,9 +26,13 @@ log = logging.getLogger("baton.kernels")
 class Library:
     """Binds operations for one device. Thread-safe; `bind` may compile and then takes seconds."""
 
-    def __init__(self, capabilities: Capabilities, *, force: Mapping[str, str] | None = None) -> None:
-        """`force`: operation -> implementation."""
+    def __init__(
+        self, capabilities: Capabilities, *, force: Mapping[str, str] | None = None, device: torch.device | None = None
+    ) -> None:
+        """`force`: operation -> implementation. `device`: the GPU that is to run it, where compiled code is loaded at
+        once; None where nothing is launched, or only under the interpreter."""
         self.capabilities = capabilities
+        self._device = device
         self._force = dict(force or {})
         self._lock = threading.Lock()
         self._bound: dict[tuple[str, object], Any] = {}
@@ -57,8 +63,7 @@ class Library:
             chosen = next(one for one in family.implementations if one.name == choice.implementation)
             operation = chosen.bind(self.capabilities, shape, choice.config)
             try:
-                for program in operation.programs:
-                    program.compile()
+                self._make_ready(operation.programs)
             except CompileFailed as error:
                 failed.append(f"{chosen.name}: {error}")
                 log.warning("a kernel does not compile", extra={"op": family.op, "why": str(error)})
@@ -76,3 +81,12 @@ class Library:
             f"{family.op} {shape.label} does not compile for {self.capabilities.name}: {'; '.join(failed)}",
             param="kernels",
         )
+
+    def _make_ready(self, programs: Sequence[Program]) -> None:
+        if self._device is None:
+            for program in programs:
+                program.compile()
+            return
+        with torch.cuda.device(self._device):
+            for program in programs:
+                program.load()

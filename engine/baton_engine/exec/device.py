@@ -113,7 +113,7 @@ def _open_cuda(order: _Order) -> Device:
         torch_device=api.device,
         stream=cuda.CudaStream(api, patience),
         memory=cuda.CudaMemory(api, patience),
-        library=Library(of_device(api.device), force=order.kernels),
+        library=Library(of_device(api.device), force=order.kernels, device=api.device),
         native_bf16=api.native_bf16,
         kv_fraction=0.85,  # the rest is for activations
     )

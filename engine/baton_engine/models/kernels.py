@@ -19,6 +19,7 @@ from baton_kernels import activation, norm, rope_kv
 from baton_kernels.activation import GatedShape
 from baton_kernels.attention import paged
 from baton_kernels.attention.shape import AttentionShape, Scores, Upload
+from baton_kernels.families import FAMILIES
 from baton_kernels.library import Library
 from baton_kernels.norm import NormShape
 from baton_kernels.registry import Family, Shape
@@ -126,4 +127,9 @@ def parse_force(text: str) -> Mapping[str, str]:
     wrong = next((f"{left}{equals}{right}" for left, equals, right in pairs if not left or not right), None)
     if wrong is not None:
         raise ConfigError(f"kernels has {wrong!r}; write operation=name, like attention=torch", param="kernels")
-    return {left.strip(): right.strip() for left, _, right in pairs}
+    wanted = {left.strip(): right.strip() for left, _, right in pairs}
+    operations = [family.op for family in FAMILIES]
+    if unknown := wanted.keys() - set(operations):
+        names = ", ".join(operations)
+        raise ConfigError(f"kernels names {', '.join(sorted(unknown))}; operations are {names}", param="kernels")
+    return wanted

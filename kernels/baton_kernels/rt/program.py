@@ -132,6 +132,18 @@ class Program:
         self._compiled = compiled
         return compiled
 
+    def load(self) -> None:
+        """Compile, and put the code on the device, which must be here and current: what a launch could still refuse
+        (registers, shared memory of this very card) is CompileFailed now and not in the middle of serving."""
+        compiled = self.compile()
+        if compiled is None:
+            return
+        try:
+            compiled.run  # noqa: B018 - Triton loads the code when it makes the launcher
+        except Exception as error:  # OutOfResources, or whatever the driver says
+            why = " ".join(str(error).split())[:SAID] or type(error).__name__
+            raise CompileFailed(f"{self.name} does not load on {self.capabilities.name}: {why}") from error
+
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launch on the current stream; returns at once. `arguments` in the order of `types`. InputError."""
         for argument, (name, dtype, aligned) in zip(arguments, self._expected, strict=True):
