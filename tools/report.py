@@ -1,8 +1,9 @@
 """Prints the longest files and functions and counts the settings; fails when there are more settings than the budget.
 
-Length is a sign, not a rule: a file over 400 lines or a function over 60 (a kernel over 150) probably hides a second noun, so those are
-marked, and growing past the line needs a reason. The number of settings is a rule. A setting is an annotated
-`Field(...)` of a configuration dataclass (`baton_common.settings`): each has a flag and an environment variable.
+Length is a sign, not a rule: a file over 400 lines or a function over 60 (a kernel over 150) probably hides a second
+noun, so those are marked, and growing past the line needs a reason. The number of settings is a rule. A setting is an
+annotated `Field(...)` of a configuration dataclass (`baton_common.settings`): each has a flag and an environment
+variable.
 """
 
 from __future__ import annotations
