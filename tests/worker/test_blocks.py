@@ -134,15 +134,27 @@ def test_staging_is_kept_and_grows_with_what_it_carries() -> None:
     assert len(cuda.pins[-1]) >= BLOCK.bytes(LAYOUT)
 
 
-def test_a_copy_that_hangs_ends_with_an_error_and_its_lane_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_hangs_keeps_its_caller_and_its_lane_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "COPY_TIMEOUT_S", 0.02)
     hanging = FakeCuda(reached=0)
     blocks, seal = device_blocks(pool_of(LAYOUT), hanging), Seal(MULTILINEAR, 0)
-    with pytest.raises(DeadlineExceeded, match="did not copy"):
+    returned = threading.Event()
+
+    def gather() -> None:
         blocks.gather(BLOCK, PAGES, payload_of(), seal)
+        returned.set()
+
+    caller = threading.Thread(target=gather, daemon=True)
+    caller.start()
+    while not hanging.marks:
+        assert not returned.wait(0.01)
+    with pytest.raises(DeadlineExceeded, match="no copy of KV ended"):
+        blocks.gather(BLOCK, PAGES, payload_of(), seal)
+    assert not returned.is_set()
     hanging.reached = None
-    with pytest.raises(DeadlineExceeded, match="no copy of KV ended well"):
-        blocks.gather(BLOCK, PAGES, payload_of(), seal)
+    assert returned.wait(10)
+    caller.join(10)
+    blocks.gather(BLOCK, PAGES, payload_of(), seal)
 
 
 def test_a_lane_waits_for_its_own_copies_only() -> None:

@@ -9,6 +9,7 @@ that keeps the pages of a scatter. It does not know transfers, links or wires.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,8 @@ from baton_kernels.pages import PagesShape, Part
 from baton_kvtransfer.blocks import MULTILINEAR, XXH3, Blocks, Seal
 from baton_kvtransfer.errors import DeadlineExceeded
 from baton_kvtransfer.plan import Block
+
+log = logging.getLogger("baton.worker")
 
 LANES = 4
 """Copies at once; further links take turns. A GPU has one copy engine for each direction."""
@@ -104,7 +107,7 @@ class DeviceBlocks:
         try:
             lane = self._lanes.get(timeout=COPY_TIMEOUT_S)
         except Empty:
-            raise DeadlineExceeded(f"no copy of KV ended well in {COPY_TIMEOUT_S:.0f} s", phase="copy") from None
+            raise DeadlineExceeded(f"no copy of KV ended in {COPY_TIMEOUT_S:.0f} s", phase="copy") from None
         with lane.stream.current():
             lane.payload.fit(payload_bytes)
             yield lane
@@ -169,10 +172,15 @@ class _Lane:
         return self._table.device[:size].view(torch.int32)
 
     def finish(self) -> int:
-        """Wait for all that was queued; returns `sum`, in [0, 2^64). DeadlineExceeded when the device hangs."""
+        """Wait for all that was queued; returns `sum`, in [0, 2^64).
+
+        A device that hangs keeps the caller, and with it the gate of the pages: a copy that cannot be called back may
+        still write them. The peer sees silence, and the engine's next step has the deadline that ends the worker.
+        """
         self._sum.down(_SUM_BYTES)
-        if not self._patience.until(self.stream.mark().passed, COPY_TIMEOUT_S):
-            raise DeadlineExceeded(f"{self.stream.device} did not copy KV in {COPY_TIMEOUT_S:.0f} s", phase="copy")
+        mark = self.stream.mark()
+        while not self._patience.until(mark.passed, COPY_TIMEOUT_S):
+            log.error("the device does not end a copy of KV; its pages stay held", extra={"waited_s": COPY_TIMEOUT_S})
         return int(self._sum.array(_SUM_BYTES).view(np.uint64)[0])
 
 
