@@ -213,7 +213,7 @@ def test_a_peer_that_writes_whenever_it_likes_corrupts_nothing(wire: str) -> Non
 # ---- the pump -------------------------------------------------------------------------------------------------------
 class FakeTarget:
     def __init__(self) -> None:
-        self.state: bool | KVTransferError = False
+        self.state: bool | Exception = False
         self.closed = False
 
     def write(self, offset: int, size: int) -> FakeTarget:
@@ -222,7 +222,7 @@ class FakeTarget:
         return self
 
     def landed(self) -> bool:
-        if isinstance(self.state, KVTransferError):
+        if isinstance(self.state, Exception):
             raise self.state
         return self.state
 
@@ -293,7 +293,8 @@ def test_a_library_that_does_not_answer_is_an_error_in_time() -> None:
     pump.close()
 
 
-def test_writes_end_once_each_and_a_target_is_closed_after_its_last() -> None:
+@pytest.mark.parametrize(("failure", "heard_as"), [(PeerGone("died"), PeerGone), (KeyError("a defect"), WireError)])
+def test_writes_end_once_each_and_a_target_is_closed_after_its_last(failure: Exception, heard_as: type) -> None:
     pump, target, staging = Pump("fake", FakeEngine), FakeTarget(), SlotMemory(4096)
     heard: list[KVTransferError | None] = []
     pump.ask(lambda engine: None, 5.0)
@@ -303,10 +304,10 @@ def test_writes_end_once_each_and_a_target_is_closed_after_its_last() -> None:
     eventually(lambda: len(heard) == 1, "the refusal")
     assert isinstance(heard[0], WireError)
     assert not target.closed
-    target.state = PeerGone("died")
+    target.state = failure
     eventually(lambda: target.closed, "the target is closed")
     assert len(heard) == 2
-    assert isinstance(heard[1], PeerGone)
+    assert isinstance(heard[1], heard_as)
     pump.close()
 
 

@@ -80,8 +80,8 @@ class Pump:
         def command() -> None:
             try:
                 write = target.write(offset, size)
-            except KVTransferError as error:
-                done(error)
+            except Exception as error:
+                done(_typed(error))
             else:
                 self._writes.append((target, write, done))
 
@@ -153,8 +153,8 @@ class Pump:
                 if not write.landed():
                     under_way.append(entry)
                     continue
-            except KVTransferError as error:
-                done(error)
+            except Exception as error:
+                done(_typed(error))
             else:
                 done(None)
         changed = len(under_way) < len(self._writes)
@@ -166,8 +166,16 @@ class Pump:
             return
         busy = {id(target) for target, _, _ in self._writes}
         for target in [target for target in self._leaving if id(target) not in busy]:
-            target.close()
             del self._leaving[target]
+            try:
+                target.close()
+            except Exception:
+                log.exception("%s: a peer cannot be let go", self._name)
+
+
+def _typed(error: Exception) -> KVTransferError:
+    """A library may raise anything; links and the pump live on typed errors."""
+    return error if isinstance(error, KVTransferError) else WireError(f"the transfer library failed: {error!r}")
 
 
 def _pause_s(looks: int) -> float:
