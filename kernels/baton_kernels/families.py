@@ -17,6 +17,7 @@ FAMILIES: Sequence[Family[Any, Any]] = (
     step.FAMILY,
     sampler.SAMPLE,
     sampler.LOGPROBS,
+    sampler.VERIFY,
     paged.FAMILY,
     mla.FAMILY,
     merge.FAMILY,

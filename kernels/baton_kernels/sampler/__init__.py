@@ -18,6 +18,7 @@ from baton_kernels.sampler.reference import (
     draw,
     draw_truncated,
     log_probabilities,
+    matched,
     mix_,
     noise_bits,
     noise_keys,
@@ -26,6 +27,8 @@ from baton_kernels.sampler.reference import (
     truncate,
 )
 from baton_kernels.sampler.sample import Flags, SampleShape, TorchSample, TritonSample, Work, configs, refuses
+from baton_kernels.sampler.verify import FAMILY as VERIFY
+from baton_kernels.sampler.verify import TorchVerify, TritonVerify, VerifyShape
 
 VOCABULARIES = (32000, 128256, 151936, 201088, 262144)
 """Of the models that we serve: Llama 2 and 3, Qwen, GPT-OSS, Gemma."""
@@ -44,19 +47,24 @@ __all__ = [
     "CANDIDATES",
     "LOGPROBS",
     "SAMPLE",
+    "VERIFY",
     "VOCABULARIES",
     "Flags",
     "SampleShape",
     "TorchLogprobs",
     "TorchSample",
+    "TorchVerify",
     "TritonLogprobs",
     "TritonSample",
+    "TritonVerify",
+    "VerifyShape",
     "Work",
     "argmax",
     "draw",
     "draw_truncated",
     "log_probabilities",
     "logprobs_scratch",
+    "matched",
     "mix_",
     "noise_bits",
     "noise_keys",

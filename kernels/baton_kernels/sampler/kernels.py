@@ -13,12 +13,22 @@ numbers of groups above the bound, SPLITS winners, CAPACITY candidate ids.
 from __future__ import annotations
 
 from baton_kernels.rt.language import jit, tl
-from baton_kernels.sampler.lanes import LOWEST, NOTHING, finite, index_of, noise_keys, order, pack, race, value
+from baton_kernels.sampler.lanes import (
+    LOWEST,
+    MINUS_INFINITY,
+    NOTHING,
+    finite,
+    index_of,
+    noise_keys,
+    order,
+    pack,
+    race,
+    value,
+)
 
 COLUMNS = tl.constexpr(7)  # of WORK; see `sample.Work`
 NOISE = tl.constexpr(1)
 TRUNCATE = tl.constexpr(2)
-MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its key
 
 
 @jit
@@ -175,13 +185,14 @@ def gather(
 
 
 @jit
-def drawn(P, IDS, n, listed, low, top, coldness, k0, k1, BLOCK: tl.constexpr):
-    """Winner of the race among the n scaled values at P with keys >= low; their ids are IDS, or their indices."""
+def drawn(P, IDS, n, named, low, top, coldness, k0, k1, BLOCK: tl.constexpr):
+    """Winner of the race among the n scaled values at P with keys >= low; `named` = n: their ids are IDS; 0: their
+    indices are."""
     best = tl.full((), NOTHING, tl.int64)
     for begin in range(0, n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         y = scaled(tl.load(P + at, mask=at < n, other=float("-inf")), top, coldness)
-        token = tl.where(listed, tl.load(IDS + at, mask=(at < n) & listed, other=0), at)
+        token = tl.where(at < named, tl.load(IDS + at, mask=at < named, other=0), at)
         kept = (order(y) >= low) & (at < n)
         best = tl.maximum(best, tl.max(tl.where(kept, pack(y - race(token, k0, k1), token), NOTHING), 0))
     return index_of(best)
@@ -214,10 +225,10 @@ def drawn_truncated(
             listed = tl.max(masses, 0) >= top_p * whole
         wanted *= 4
         trying = fits & (listed == 0) & (wanted <= GROUPS)
-    P, n = ROW, tl.full((), VOCAB, tl.int32)
+    P, n, named = ROW, tl.full((), VOCAB, tl.int32), tl.full((), 0, tl.int32)
     low = ground
     if listed:
-        P, n, low = CANDIDATES, found, bound
+        P, n, named, low = CANDIDATES, found, found, bound
         top, coldness = top * 0.0, coldness * 0.0 + 1.0
     if top_k > 0:
         low, count, mass = border(P, n, top, coldness, low, top_k, top_k, False, BLOCK, PIVOTS)
@@ -225,7 +236,7 @@ def drawn_truncated(
     if top_p < 1.0:
         low, count, mass = border(P, n, top, coldness, low, top_p * whole, 0, True, BLOCK, PIVOTS)
     low = tl.maximum(low, least)
-    return drawn(P, INTS + GROUPS + ROUNDED, n, listed, low, top, coldness, k0, k1, BLOCK)
+    return drawn(P, INTS + GROUPS + ROUNDED, n, named, low, top, coldness, k0, k1, BLOCK)
 
 
 @jit

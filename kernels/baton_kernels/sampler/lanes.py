@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from baton_kernels.rt.language import jit, tl
 
-LOWEST = tl.constexpr(-(2**31))  # below the key of -inf
+LOWEST = tl.constexpr(-(2**31))  # below every key
+MINUS_INFINITY = tl.constexpr(-0x7F800001)  # its key
 NOTHING = tl.constexpr(-(2**63))  # below every packed pair
 SMALL = tl.constexpr(1.0 / 16)  # below this, 1 - u has lost too many digits of u for a logarithm
 

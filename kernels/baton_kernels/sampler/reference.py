@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CANDIDATES = 1024  # tokens that truncation looks at first; rows that need more are sorted whole
+COIN = -1  # in place of a vocabulary index: the noise of a position that belongs to no token
 _GOLDEN = -0x61C88647  # 0x9E3779B9 as int32
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
@@ -80,11 +81,15 @@ def noise_bits(k0: Tensor, k1: Tensor, ids: Tensor) -> Tensor:
 def race_(bits: Tensor) -> Tensor:
     """Logarithm of standard exponential variates from hash bits, float32, always finite: minus Gumbel noise.
 
-    u = float(bits & 0x7fffffff) * 2**-31, kept in [2**-32, 1 - 2**-24]; the value is log(-log1p(-u)). The winner of a
-    draw has a small u, and small floats are dense: that keeps ties rare in large vocabularies.
+    With u of `uniform` the value is log(-log1p(-u)). The winner of a draw has a small u, and small floats are dense:
+    that keeps ties rare in large vocabularies.
     """
-    u = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(-(2.0**-31))
-    return u.clamp_(2.0**-24 - 1.0, -(2.0**-32)).log1p_().neg_().log_()
+    return uniform(bits).neg_().log1p_().neg_().log_()
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """float32 in [2**-32, 1 - 2**-24] from hash bits, which are changed."""
+    return bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(2.0**-31).clamp_(2.0**-32, 1.0 - 2.0**-24)
 
 
 def draw(logits: Tensor, temperature: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
@@ -167,3 +172,49 @@ def log_probabilities(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor,
     chosen = (logits.gather(-1, tokens[:, None]) - norm).squeeze(-1)
     best = logits.topk(min(top, logits.shape[-1]), dim=-1)
     return chosen, best.indices, best.values - norm
+
+
+def matched(draft: Tensor, lengths: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Verify drafts that no distribution belongs to: looked up, or the drafter's best. accepted int64[R], tokens
+    int64[R, K + 1], -1 behind the last.
+
+    draft: int64[R, K], of which lengths int64[R] count; chosen: int64[R, K + 1], what `sample` chose at each position
+    given the drafts before it. A draft is accepted while it is what would have been chosen anyway: with the probability
+    that the target gives it, as in rejection sampling, and the tokens are those of decoding without drafts, seed by
+    seed. Waits for nothing.
+    """
+    place = torch.arange(chosen.shape[1], device=draft.device)
+    right = (draft == chosen[:, :-1]) & (place[:-1] < lengths[:, None])
+    accepted = right.long().cumprod(1).sum(1)
+    return accepted, torch.where(place <= accepted[:, None], chosen, -1)
+
+
+def verify(
+    draft: Tensor, lengths: Tensor, logits: Tensor, probabilities: Tensor, temperature: Tensor, k0: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rejection sampling (arXiv 2211.17192, 2302.01318): accepted int64[R], tokens int64[R, K + 1], -1 behind the last.
+
+    draft: int64[R, K] of which lengths int64[R] count, each drawn from probabilities [R, K, V], with other noise than
+    that of the keys; logits [R, K + 1, V] of the target given the drafts before; temperature [R], 0 = greedy; keys
+    int32[R, K + 1]. A draft is accepted with probability min(1, p / q); the first rejected one is replaced by a draw
+    from what p has more than q, and behind the last one a token is drawn from p: tokens have the target's distribution.
+    """
+    greedy = (temperature == 0)[:, None, None]
+    best = torch.zeros_like(logits).scatter_(2, logits.argmax(2, keepdim=True), 1.0)
+    p = torch.where(greedy, best, (logits / temperature.clamp(min=1e-9)[:, None, None]).softmax(2))
+    coin = noise_bits(k0, k1, torch.tensor(COIN, dtype=torch.int32, device=draft.device))[:, :-1]
+    p_draft, q_draft = (part.gather(2, draft[:, :, None])[:, :, 0] for part in (p[:, :-1], probabilities))
+    place = torch.arange(logits.shape[1], device=draft.device)
+    right = (uniform(coin) * q_draft < p_draft) & (place[:-1] < lengths[:, None])
+    accepted = right.long().cumprod(1).sum(1)
+
+    row = torch.arange(len(draft), device=draft.device)
+    q = torch.cat([probabilities, torch.zeros_like(probabilities[:, :1])], 1)[row, accepted]
+    more = (p[row, accepted] - q.where((accepted < lengths)[:, None], 0.0)).clamp_(min=0.0)
+    ids = torch.arange(logits.shape[2], dtype=torch.int32, device=draft.device)
+    noise = race_(noise_bits(k0[row, accepted, None], k1[row, accepted, None], ids))
+    drafted = torch.cat([draft, torch.zeros_like(draft[:, :1])], 1)
+    # Where p has nothing more, p and q are the same but for rounding: the draft is as good as any.
+    token = torch.where(more.amax(1) > 0, argmax(more.log() - noise), drafted[row, accepted])
+    following = torch.where(place == accepted[:, None], token[:, None], -1)
+    return accepted, torch.where(place < accepted[:, None], drafted, following)
