@@ -49,7 +49,7 @@ async def test_a_request_streams_its_tokens_and_ends_with_a_reason(worker: Worke
         assert answer.tokens[-1].finish is FinishReason.LENGTH
         assert [token.position for token in answer.tokens] == list(range(GREEDY.max_tokens))
         assert [token.cached_tokens for token in answer.tokens] == [0] + [None] * (GREEDY.max_tokens - 1)
-        assert bench.desk.open_requests == 0
+        await router.wait(lambda: bench.desk.open_requests == 0)  # the last token may be read before it is booked
 
 
 async def test_all_tokens_of_a_step_come_in_one_message(worker: Worker) -> None:
