@@ -41,6 +41,7 @@ SAMPLE: Family[SampleShape, TorchSample | TritonSample] = Family(
     ),
     shapes=lambda _capabilities: [SampleShape(vocab=vocab) for vocab in VOCABULARIES],
     cases=cases,
+    expects={"scan_logits": ("wide load",)},
 )
 
 __all__ = [

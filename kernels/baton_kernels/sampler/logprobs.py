@@ -246,4 +246,5 @@ FAMILY: Family[SampleShape, TorchLogprobs | TritonLogprobs] = Family(
     ),
     shapes=lambda _capabilities: [SampleShape(vocab=vocab) for vocab in (32000, 128256, 262144)],
     cases=cases,
+    expects={"best_of_splits": ("wide load",)},
 )

@@ -262,6 +262,6 @@ def configs(_capabilities: Capabilities, _shape: SampleShape) -> Sequence[Config
         }
         for scan in (2048, 4096, 8192)
         for elements in (8, 16)
-        for choose, warps in ((1024, 4), (1024, 8), (2048, 8), (2048, 16))
+        for choose, warps in ((512, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16))
         for pivots in (4, 8)
     ]  # fmt: skip
