@@ -107,6 +107,18 @@ def anywhere(_capabilities: Capabilities, _shape: object) -> str:
     return ""
 
 
+def like_kernel(refuses: Callable[[Capabilities, S], str]) -> Callable[[Capabilities, S], str]:
+    """`refuses` of a reference that is no choice on a GPU but where a kernel should run and does not compile: what the
+    kernel refuses is refused, with its reason, before weights are read."""
+
+    def answer(capabilities: Capabilities, shape: S) -> str:
+        if capabilities.vendor == "cpu" or not refuses(capabilities, shape):
+            return ""
+        return "on a GPU only in place of a kernel that does not compile"
+
+    return answer
+
+
 def needs_triton(capabilities: Capabilities) -> str:
     """First half of every Triton implementation's `refuses`."""
     if capabilities.vendor == "cpu":

@@ -23,7 +23,7 @@ from baton_kernels.attention.shape import Rows, Upload, upload_to
 from baton_kernels.attention.work import RECORD, Capacity, Split, Tiling, pack, plan_work
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.oracle import choices
-from baton_kernels.registry import Family, Implementation, anywhere, needs_triton
+from baton_kernels.registry import Family, Implementation, like_kernel, needs_triton
 from baton_kernels.rt.check import check
 from baton_kernels.rt.language import INTERPRET, cast, jit, operand, tl
 from baton_kernels.rt.program import Config, InputError, Program, pointer
@@ -316,7 +316,9 @@ FAMILY: Family[LatentShape, TorchLatent | TritonLatent] = Family(
     op="mla",
     implementations=(
         Implementation(name="triton", refuses=refuses, bind=TritonLatent, configs=_configs),
-        Implementation(name="torch", refuses=anywhere, bind=lambda _capabilities, shape, _config: TorchLatent(shape)),
+        Implementation(
+            name="torch", refuses=like_kernel(refuses), bind=lambda _capabilities, shape, _config: TorchLatent(shape)
+        ),
     ),
     shapes=shapes,
     cases=cases,

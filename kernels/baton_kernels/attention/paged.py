@@ -24,7 +24,7 @@ from baton_kernels.attention.reference import TorchAttention
 from baton_kernels.attention.shape import AttentionShape, Rows, Scores, Upload
 from baton_kernels.attention.work import RECORD, Capacity, Split, Tiling
 from baton_kernels.capabilities import Capabilities
-from baton_kernels.registry import Family, Implementation, anywhere, needs_triton
+from baton_kernels.registry import Family, Implementation, like_kernel, needs_triton
 from baton_kernels.rt.check import check
 from baton_kernels.rt.program import TYPE_NAMES, Config, InputError, Program, pointer
 
@@ -308,7 +308,7 @@ FAMILY: Family[AttentionShape, TorchAttention | TritonAttention | flashinfer.Fla
         ),
         Implementation(name="triton", refuses=refuses, bind=TritonAttention, configs=_configs),
         Implementation(
-            name="torch", refuses=anywhere, bind=lambda _capabilities, shape, _config: TorchAttention(shape)
+            name="torch", refuses=like_kernel(refuses), bind=lambda _capabilities, shape, _config: TorchAttention(shape)
         ),
     ),
     shapes=shapes,

@@ -133,9 +133,9 @@ def paged_attention(
     extra = _Extra(tree, lse) if tree is not None or lse is not None else _NOTHING
     if not plan.others:
         return _attend_singles(q, source, plan, scores, lse)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.singles:
-        sums = None if lse is None else torch.empty(len(plan.singles), q.shape[1], dtype=lse.dtype)
+        sums = None if lse is None else torch.empty(len(plan.singles), q.shape[1], dtype=lse.dtype, device=q.device)
         out[plan.single_index] = _attend_singles(q[plan.single_index], source, plan, scores, sums)
         if lse is not None and sums is not None:
             lse[plan.single_index] = sums
@@ -194,12 +194,12 @@ def _attend_singles(q: Tensor, source: _Source, plan: AttentionPlan, scores: Sco
     block_pages = max(1, BLOCK_TOKENS // page_tokens)
     group = q.shape[1] // heads
     dtype = wide(q.dtype)
-    scratch = torch.empty(heads, block_pages, page_tokens, dim, dtype=dtype)
+    scratch = torch.empty(heads, block_pages, page_tokens, dim, dtype=dtype, device=q.device)
     slots = scratch.transpose(0, 1).unbind(0)  # per page [Hkv, page_tokens, D]
     values = scratch.view(heads, block_pages * page_tokens, dim)
     keys = values.transpose(1, 2)
     queries = q.to(dtype).mul_(scores.scale) if q.dtype != dtype else q * scores.scale
-    out = torch.empty(len(plan.singles), heads, group, dim, dtype=dtype)
+    out = torch.empty(len(plan.singles), heads, group, dim, dtype=dtype, device=q.device)
     (key_pages, key_factors), (value_pages, value_factors) = source.halves()
     queries = queries.view(out.shape)
     for index, (row, query, target) in enumerate(zip(plan.singles, queries.unbind(0), out.unbind(0), strict=True)):
@@ -267,7 +267,7 @@ def _gather(source: _Source, row: PlannedRow, first: int, dtype: torch.dtype) ->
     _, _, heads, page_tokens, dim = source.kv.shape
     skipped = first // page_tokens
     pages = row.pages[skipped:]
-    scratch = torch.empty(2, heads, len(pages), page_tokens, dim, dtype=dtype)
+    scratch = torch.empty(2, heads, len(pages), page_tokens, dim, dtype=dtype, device=source.kv.device)
     for slot, page in zip(scratch.permute(2, 0, 1, 3, 4).unbind(0), pages, strict=True):
         slot.copy_(source.kv[page])
         if source.factors is not None:
@@ -277,7 +277,7 @@ def _gather(source: _Source, row: PlannedRow, first: int, dtype: torch.dtype) ->
 
 
 def _hidden(queries: range, tokens: range, window: int | None) -> Tensor:
-    """bool[len(queries), len(tokens)]: true where a query must not look."""
+    """bool[len(queries), len(tokens)], on the host: true where a query must not look."""
     at = torch.arange(queries.start, queries.stop).unsqueeze(1)
     token = torch.arange(tokens.start, tokens.stop)
     hidden = token > at
@@ -315,7 +315,7 @@ def _attend_fused(q: Tensor, source: _Source, row: PlannedRow, scores: Scores, _
         mask = None
         if not whole:
             hidden = _hidden(range(start + begin, last), range(first, last), scores.window)
-            mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+            mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf")).to(q.device)
         visible = slice(first - base, last - base)
         out[:, :, begin:end] = functional.scaled_dot_product_attention(
             q[:, :, begin:end],
@@ -350,7 +350,7 @@ def _attend_materialised(
             hidden = _hidden(at, tokens, scores.window)
         else:
             hidden = _hidden_in_tree(at, tokens, scores.window, start, tree)
-        raw = _capped(raw, scores).masked_fill_(hidden, float("-inf"))
+        raw = _capped(raw, scores).masked_fill_(hidden.to(raw.device), float("-inf"))
         if extra.lse is not None:
             sums = _log_sum(raw, scores).permute(2, 0, 1).reshape(end - begin, query_heads)
             extra.lse[row.q_begin + begin : row.q_begin + end] = sums
