@@ -25,7 +25,7 @@ log = logging.getLogger("baton.fetch")
 
 _KERNEL = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S = 0.25
-_SETTLE_S = 1.0     # between a take-over and the belief in it
+_SETTLE_S = 1.0     # at most, between a take-over and the belief in it
 _SAY_EVERY_S = 10.0
 
 
@@ -38,6 +38,7 @@ class FolderLock:
     ) -> None:  # fmt: skip
         self._path, self._clock, self._wait = path, clock, wait
         self._beat_s, self._stale_s = beat_s, stale_s
+        self._settle_s = min(_SETTLE_S, stale_s / 4)  # long before others could think that we are gone, too
         self._token = uuid.uuid4().hex
         self._kernel = _kernel()
         self._descriptor: int | None = None
@@ -90,7 +91,7 @@ class FolderLock:
         _flock(descriptor)
         self._write(descriptor)
         mine.replace(self._path)
-        self._wait(_SETTLE_S)
+        self._wait(self._settle_s)
         if self._is_ours():
             self._hold(descriptor)
             return True

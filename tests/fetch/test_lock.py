@@ -91,7 +91,7 @@ def test_of_several_who_take_over_one_wins(tmp_path: Path, waiters: int) -> None
     inside, most, done = threading.Semaphore(1), [], []
 
     def run() -> None:
-        lock = make(tmp_path / "lock")
+        lock = make(tmp_path / "lock", stale_s=2.0)
         assert lock.acquire(lambda: False)
         most.append(inside.acquire(blocking=False))
         time.sleep(0.2)

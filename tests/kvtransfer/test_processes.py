@@ -16,11 +16,12 @@ from support.kv_wires import ONESIDED, over
 from support.kv_world import LAYOUT, Run, Side, World, eventually, positions
 
 from baton_kvtransfer import Receipt
-from baton_kvtransfer.errors import KVTransferError, PeerGone
+from baton_kvtransfer.errors import DeadlineExceeded, KVTransferError, PeerGone
 
 WIRES = over("shm", "tcp", *ONESIDED)
 TOKENS = 200
 PAGES_USED = list(range(13))
+SILENT = (PeerGone, DeadlineExceeded)  # the silence of the link, or of the transfer, which begins a moment earlier
 RESET_S, SILENCE_S = 0.2, 3.5
 """Goals on a machine that has nothing else to do; tests run on others, too."""
 
@@ -137,8 +138,7 @@ def test_a_stopped_receiver_is_an_error_after_three_heartbeats(world: World, rec
     stopped_s = time.monotonic()
     run.handle.ready(2, LAYOUT.layers, 0, TOKENS)
     run.finish()
-    error = run.sent.wait()
-    assert isinstance(error, PeerGone)
+    assert isinstance(run.sent.wait(), SILENT)
     took("a stopped receiver", run.sent.at_s - stopped_s, goal_s=SILENCE_S)
     assert run.handle.gate.done()
 
@@ -149,7 +149,7 @@ def test_a_stopped_sender_is_fenced_and_cannot_write_when_it_wakes(world: World,
     eventually(lambda: run.received.receiving == 1, "chunks arrive")
     sender.signal(signal.SIGSTOP)
     stopped_s = time.monotonic()
-    assert isinstance(run.received.wait(), PeerGone)
+    assert isinstance(run.received.wait(), SILENT)
     took("a stopped sender", run.received.at_s - stopped_s, goal_s=SILENCE_S)
     world.reuse(run)
     following = world.send(0, 60)  # slots of another peer, pages that may be the same
