@@ -10,9 +10,11 @@ copy. Does not know what frames hold, except for their size.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -50,7 +52,7 @@ class HostPool:
     ) -> None:
         """`pinned_fraction`: at most so much is kept by sessions. Raises ValueError when too few frames fit.
 
-        The memory is page-locked where there is a GPU that copies from it.
+        The memory is page-locked where there is a GPU.
         """
         stride = -(-frame_bytes // _ALIGNMENT) * _ALIGNMENT
         count = host_bytes // stride
@@ -58,8 +60,7 @@ class HostPool:
             raise ValueError(
                 f"host_bytes is {host_bytes}, a page takes {stride}; set at least {LEAST_FRAMES * stride}, or 0"
             )
-        self._memory = torch.empty(count * stride, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        whole = self._memory.numpy().data
+        whole = _memory(count * stride)
         self._views = [whole[index * stride : index * stride + frame_bytes] for index in range(count)]
         self._free = list(range(count - 1, -1, -1))
         self._known: dict[PageHash, Frame] = {}
@@ -195,3 +196,13 @@ class HostPool:
                 self._idle[page] = frame
         if pages:
             self._metrics.pinned.set(self._pins.pages)
+
+
+def _memory(size: int) -> memoryview:
+    """Which lives as long as any part of it is in use."""
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)  # the first write to each small one would cost more than its copy
+    return memoryview(memory)
