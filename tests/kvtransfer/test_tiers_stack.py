@@ -296,7 +296,7 @@ def test_a_tier_that_hangs_holds_up_no_other_and_no_caller() -> None:
     hangs = DictTier("b", before=lambda call: door.wait() if call == "has" else None)
     world = TierWorld(works, hangs, clock=SystemClock(), host_pages=12)
     began_s = time.monotonic()
-    ticket = world.stack.prefetch(hashes, deadline_s=began_s + 0.1)
+    ticket = world.stack.prefetch(hashes, deadline_s=began_s + 1.5)
     calls_s = time.monotonic() - began_s
     eventually(lambda: ticket.poll().over, "the deadline ends it")
     assert ticket.poll().ready == 2
@@ -305,7 +305,7 @@ def test_a_tier_that_hangs_holds_up_no_other_and_no_caller() -> None:
         world.offload(chain(2, salt))
     eventually(lambda: len(works.held) >= 4, "the other tier is written")
     assert value(world.metrics.skipped, "b", "queue") > 0
-    assert calls_s < 0.1
+    assert calls_s < 1.0, "the call did not wait for the tier that hangs"
     door.open()
     world.stack.close()
     assert works.closed
