@@ -54,7 +54,8 @@ class Library:
 
     @property
     def fallbacks(self) -> Mapping[tuple[str, str], int]:
-        """(operation, implementation that runs instead) -> how often a slow path was taken or a compilation failed."""
+        """(operation, implementation that runs) -> how often it is a slow path, or stands in for one that does not
+        compile; 0 where all is as planned."""
         return self._fallbacks
 
     def _first_that_compiles(self, family: Family[S, O], shape: S) -> O:
@@ -70,9 +71,9 @@ class Library:
                 continue
             choice = replace(choice, reason="; ".join([*failed, choice.reason]))
             self._choices = (*self._choices, choice)
-            if choice.slow or failed:
-                key = (family.op, chosen.name)
-                self._fallbacks = {**self._fallbacks, key: self._fallbacks.get(key, 0) + 1}
+            key = (family.op, chosen.name)
+            counted = self._fallbacks.get(key, 0) + bool(choice.slow or failed)
+            self._fallbacks = {**self._fallbacks, key: counted}  # from zero on, so that a metric of it is always there
             say = log.warning if choice.slow else log.debug
             said = {"op": family.op, "shape": choice.label, "with": chosen.name, "why": choice.reason}
             say("kernel chosen", extra=said)
