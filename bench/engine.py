@@ -55,6 +55,19 @@ class StopWatch:
             if error is not None:
                 raise error
 
+    def wants_fill(self, request: Request) -> bool:
+        return False
+
+    def on_fill(
+        self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
+    ) -> None: ...
+    def wants_pages(self) -> bool:
+        return False
+
+    def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None: ...
+    def unsent_tokens(self) -> int:
+        return 0
+
     def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None: ...
     def on_local(self, request: Request) -> None: ...
     def on_prefill_admitted(self, request: Request, pages: Sequence[PageId], computed_tokens: int) -> None: ...

@@ -150,6 +150,13 @@ class Engine:
         """End a request with `error`. Unknown or ended ids are ignored: an abort may cross an end."""
         self._inbox.put(partial(self._scheduler.abort, request_id, error))
 
+    def kv_filled(self, request_id: RequestId, tokens: int) -> None:
+        """FILLING: KV of [0, tokens) is in the pages, and nobody writes into them any more. Answers on_fill, once.
+
+        `tokens`: a page border, at least the `have_tokens` of on_fill, at most its full pages.
+        """
+        self._inbox.put(partial(self._filled, request_id, tokens))
+
     def kv_receiving(self, request_id: RequestId) -> None:
         """RESERVE: the first chunk arrived."""
         self._inbox.put(partial(self._scheduler.kv_receiving, request_id))
@@ -268,6 +275,12 @@ class Engine:
         self._scheduler.submit(request, now_s)
         if self._stop_at_s is not None:
             self._scheduler.abort(request.request_id, Draining("the worker stops; retry elsewhere"), now_s)
+
+    def _filled(self, request_id: RequestId, tokens: int, now_s: float) -> None:
+        request = self._announced.get(request_id)
+        if request is not None and request.phase is Phase.FILLING:
+            del self._announced[request_id]
+        self._scheduler.kv_filled(request_id, tokens, now_s)
 
     def _check(self, request: Request) -> None:
         """What would break a tensor or a table; lengths and room are the scheduler's."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from baton_common.errors import BatonError
-from baton_common.ids import RequestId, TransferId
+from baton_common.ids import PageHash, RequestId, TransferId
 
 
 class Mode(Enum):
@@ -24,6 +24,7 @@ class Mode(Enum):
 
 class Phase(Enum):
     QUEUED = "queued"  # waiting for admission; owns nothing
+    FILLING = "filling"  # owns pages; KV of its prompt may come from elsewhere; LOCAL and PREFILL then wait for a row
     PREFILLING = "prefilling"  # owns a row and pages; part of the prompt is computed
     SENDING = "sending"  # PREFILL mode: token #1 exists, the last chunks are on the way
     HANDED_OFF = "handed_off"  # PREFILL mode: the receiver committed
@@ -39,7 +40,8 @@ class Phase(Enum):
 
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
-    Phase.QUEUED: frozenset({Phase.PREFILLING, Phase.RESERVED, Phase.ABORTING}),
+    Phase.QUEUED: frozenset({Phase.FILLING, Phase.PREFILLING, Phase.RESERVED, Phase.ABORTING}),
+    Phase.FILLING: frozenset({Phase.PREFILLING, Phase.RESERVED, Phase.ABORTING}),
     Phase.PREFILLING: frozenset({Phase.RUNNING, Phase.SENDING, Phase.PREEMPTED, Phase.FINISHED, Phase.ABORTING}),
     Phase.SENDING: frozenset({Phase.HANDED_OFF, Phase.ABORTING}),
     Phase.HANDED_OFF: frozenset({Phase.FENCING}),
@@ -81,6 +83,15 @@ class SamplingParams:
     top_logprobs: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """The KV of the request is to be kept after its end, for the next turn. The engine only carries it to the role."""
+
+    session: str  # a later request of the same session takes the place of this one
+    ttl_s: float
+    tenant: str = ""  # sessions of one tenant share its quota
+
+
 @dataclass(slots=True, kw_only=True)
 class Request:
     """Mutable record, owned by the engine thread.
@@ -101,6 +112,9 @@ class Request:
     transfer_id: TransferId | None = None  # PREFILL and RESERVE
     send_from_token: int = 0  # PREFILL: the receiver has the KV of everything before
     local_below_tokens: int = 0  # RESERVE: start as LOCAL when fewer tokens are uncached
+    keep: Keep | None = None
+    fills: bool = False  # the answer of Role.wants_fill, asked when it is submitted
+    hashes: list[PageHash] = field(default_factory=list)  # chained, of its full pages from page 0, as far as computed
     phase: Phase = Phase.QUEUED
     stamps: dict[Phase, float] = field(default_factory=dict)
     preemptions: int = 0

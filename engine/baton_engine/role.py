@@ -45,6 +45,38 @@ class Fence(Protocol):
 class Role(Protocol):
     """Engine -> outside."""
 
+    def wants_fill(self, request: Request) -> bool:
+        """Whether KV of its prompt may come from elsewhere before it is computed. Asked once, when it is submitted;
+        `request.hashes` has the full pages that may be filled. If some of them are not in the tree when it is admitted,
+        on_fill follows (not when too many requests fill already: then everything missing is computed).
+        """
+
+    def on_fill(
+        self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
+    ) -> None:
+        """FILLING: `pages` (the whole prompt's table) are leased, KV of [0, have_tokens) is in them.
+
+        `hashes[i]` names the full page `pages[i]`: those may be filled; at least the last token is always computed.
+        Answer once, with Engine.kv_filled; nothing may write into the pages after that. If the request ends before,
+        release_kv is called instead. A preempted request is filled again at its next admission.
+        """
+
+    def wants_pages(self) -> bool:
+        """Whether on_pages is to be called at all. Asked once, when the engine starts."""
+
+    def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None:
+        """These full pages are complete and in the prefix tree: just written, or found once more by another request.
+
+        `hashes[i]` names `pages[i]`; pages of several requests may be in one call. They hold still until the fence is
+        done; None: nobody will read them.
+        """
+
+    def unsent_tokens(self) -> int:
+        """KV that was announced (on_prefill_admitted, on_layers) and has not left this worker, in tokens of all layers.
+
+        Asked before every plan while there are announced requests: cheap. Far ahead, no PREFILL request is admitted.
+        """
+
     def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None:
         """RESERVE: `pages` (the whole prompt's table) are leased; KV of [first_missing_token, prompt end) is wanted.
 
@@ -73,11 +105,12 @@ class Role(Protocol):
         """All tokens of one step, in one call."""
 
     def release_kv(self, request: Request, error: BatonError | None) -> Fence:
-        """PREFILL or RESERVE: the request is over, its pages are to be freed once the fence is done.
+        """The request is over, its pages are to be freed once the fence is done.
 
-        Must cause that no new gather or scatter on the pages starts. Called once, for every such request that reached
-        on_prefill_admitted or on_reserved, handed over or not. A RESERVE request that is preempted after its KV arrived
-        gets the call then (error None): it goes on as LOCAL, and only on_tokens and on_ended follow.
+        Must cause that no new gather or scatter on the pages starts. Called once, for every request (LOCAL too) that
+        ends between on_fill and kv_filled, and for every one that reached on_prefill_admitted or on_reserved, handed
+        over or not. A RESERVE request that is preempted after its KV arrived gets the call then (error None): it goes
+        on as LOCAL. A LOCAL request that is filled after that may get it a second time.
         """
 
     def on_kv_events(self, stored: Sequence[PageHash], removed: Sequence[PageHash]) -> None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from baton_common.clock import Clock
 from baton_common.errors import BatonError, ErrorKind
-from baton_common.ids import PageId, TransferId
+from baton_common.ids import TransferId
 from baton_kvtransfer.acceptor import Acceptor
 from baton_kvtransfer.admission import Admission
 from baton_kvtransfer.blocks import Blocks, HostBlocks
@@ -118,8 +117,8 @@ class KvEndpoint:
             self._fail(transfer_id, Aborted("this endpoint was closed", kind=ErrorKind.DRAINING))
 
     def expect(self, inbound: Inbound) -> None:
-        """Call before the ticket leaves. Raises ValueError when the id is known or the range does not fit the pages."""
-        self._check(inbound.pages, inbound.first_token, inbound.end_token)
+        """Call before the ticket leaves. Raises ValueError when the id is known or the range does not fit the pool."""
+        self._check(inbound)
         self._expected.add(inbound)
         if self._acceptor is not None:
             self._acceptor.wake()
@@ -134,20 +133,20 @@ class KvEndpoint:
     def open(self, outbound: Outbound) -> Transfer:
         """Start sending; connects to the peer when there is no link yet. Failures come through `outbound.done`.
 
-        Raises ValueError when the range does not fit the pages, Aborted when this endpoint is closed.
+        Raises ValueError when the range does not fit the pool, Aborted when this endpoint is closed.
         """
-        self._check(outbound.pages, outbound.first_token, outbound.end_token)
+        self._check(outbound)
         key = (outbound.peer_address, outbound.peer_incarnation)
         with self._lock:
             if self._closed:
                 raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
             link = self._out.get(key)
             if link is not None:
-                transfer = Transfer(outbound, link.tell, self._local.clock)
+                transfer = Transfer(outbound, link.tell, self._local.clock, self._local.layout)
                 if link.open(transfer):
                     return transfer
             link = OutLink(address=key[0], incarnation=key[1], local=self._local, ended=self._ended)
-            transfer = Transfer(outbound, link.tell, self._local.clock)
+            transfer = Transfer(outbound, link.tell, self._local.clock, self._local.layout)
             link.open(transfer)  # before the thread starts: it may be over before we could say anything
             self._out[key] = link
             self._links.add(link)
@@ -162,8 +161,11 @@ class KvEndpoint:
             return live + [info for key, info in self._former.items() if key not in names]
 
     # ---- helpers ------------------------------------------------------------------------------------------------
-    def _check(self, pages: Sequence[PageId], first_token: int, end_token: int) -> None:
-        size = self._local.layout.page_tokens
+    def _check(self, order: Inbound | Outbound) -> None:
+        pages, first_token, end_token = order.pages, order.first_token, order.end_token
+        size, heads = self._local.layout.page_tokens, self._local.layout.heads
+        if order.heads is not None and not 0 <= order.heads[0] < order.heads[1] <= heads:
+            raise ValueError(f"heads [{order.heads[0]}, {order.heads[1]}) of a pool of {heads}")
         if not 0 <= first_token <= end_token <= len(pages) * size:
             raise ValueError(f"positions [{first_token}, {end_token}) do not fit {len(pages)} pages of {size}")
         touched = pages[first_token // size : -(-end_token // size)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from baton_common.errors import BatonError
 from baton_common.ids import TransferId
-from baton_kvtransfer.blocks import seal_of
+from baton_kvtransfer.blocks import Blocks, seal_of
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import Aborted, KVTransferError, LayoutMismatch, NoSlots, StalePeer, WireError, from_wire
 from baton_kvtransfer.link import Link, Local
@@ -39,6 +39,7 @@ class OutLink(Link):
         self._transfers: dict[TransferId, Transfer] = {}
         self._reach: Reach | None = None
         self._digest = ""  # kind, agreed in the handshake
+        self._blocks: Blocks = local.blocks  # with payloads as agreed in the handshake
         self._flying: dict[int, Push] = {}  # by slot: written by the wire, header not sent
         self._gauged_slots = 0
         self._sender = Sender(layout=local.layout, slot_bytes=local.config.slot_bytes, timers=local.timers)
@@ -75,6 +76,7 @@ class OutLink(Link):
             compat=local.compat,
             wires=dialed.wires,
             digests=local.blocks.digests,
+            payloads=local.blocks.payloads,
             host_id=host_id(),
             target_incarnation=self._peer_incarnation,
         )
@@ -96,15 +98,18 @@ class OutLink(Link):
             raise WireError(
                 f"the peer chose wire {welcome.wire!r}, digest {welcome.digest!r}: not offered", phase="hello"
             )
+        if welcome.payload not in self._local.blocks.payloads:
+            raise WireError(f"the peer chose payloads of {welcome.payload!r}: not offered", phase="hello")
         if not 0 < len(welcome.slots) <= MAX_SLOTS or not 0 < welcome.slot_bytes <= MAX_SLOT_BYTES:
             raise WireError(f"the peer offers {len(welcome.slots)} slots of {welcome.slot_bytes} bytes", phase="hello")
-        self._digest = welcome.digest
+        self._digest, self._blocks = welcome.digest, self._local.blocks.for_payloads(welcome.payload)
         self._reach = wire.reach(welcome, dialed.channel, self._waker.wake)
         self._sender.connected(
             peer=welcome.worker_id,
             wire=welcome.wire,
             slots=welcome.slots,
             slot_bytes=welcome.slot_bytes,
+            payload=welcome.payload,
             now_s=self._local.clock.now(),
         )
         self._peer_id, self._wire, self._state = welcome.worker_id, welcome.wire, "up"
@@ -150,7 +155,7 @@ class OutLink(Link):
             return
         try:
             seal = seal_of(push.chunk, self._digest)
-            push.chunk.digest = self._local.blocks.gather(push.block, push.order.pages, window, seal)
+            push.chunk.digest = self._blocks.gather(push.block, push.order.pages, window, seal)
         finally:
             transfer.gate.leave()
         if self._reach.push(channel, PeerMessage(chunk=push.chunk), window):
@@ -160,6 +165,9 @@ class OutLink(Link):
 
     def _pushed(self, push: Push) -> None:
         self._sender.pushed(push, self._local.clock.now())
+        transfer = self._transfers.get(push.order.transfer_id)
+        if transfer is not None:
+            transfer.backlog.left(push.block)
         self._bytes += push.chunk.bytes
         metrics = self._local.metrics
         metrics.bytes.labels("out", self._wire).inc(push.chunk.bytes)

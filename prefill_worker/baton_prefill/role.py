@@ -71,6 +71,23 @@ class PrefillRole:
         return self._ended_transfers
 
     # ---- engine thread ----------------------------------------------------------------------------------------------
+    def wants_fill(self, request: Request) -> bool:
+        return False
+
+    def on_fill(
+        self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
+    ) -> None:
+        raise AssertionError("`wants_fill` says no")
+
+    def wants_pages(self) -> bool:
+        return False
+
+    def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None:
+        return None
+
+    def unsent_tokens(self) -> int:
+        return sum(transfer.unsent_tokens for transfer in self._transfers.values())
+
     def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None:
         raise AssertionError("`accept` refuses RESERVE")
 

@@ -53,6 +53,24 @@ class RecordingRole:
         """Hooks that were called for one request, in order."""
         return [name for name, request, *_ in self.hooks if request is not None and request.request_id == request_id]
 
+    def wants_fill(self, request: Request) -> bool:
+        return False
+
+    def on_fill(
+        self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
+    ) -> None:
+        self._note("on_fill", request, tuple(pages), tuple(hashes), have_tokens)
+
+    def wants_pages(self) -> bool:
+        return False
+
+    def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None:
+        self._note("on_pages", None, tuple(hashes), tuple(pages))
+        return None
+
+    def unsent_tokens(self) -> int:
+        return 0
+
     def on_reserved(self, request: Request, pages: Sequence[PageId], first_missing_token: int) -> None:
         self._note("on_reserved", request, tuple(pages), first_missing_token)
 

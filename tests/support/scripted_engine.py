@@ -70,6 +70,9 @@ class ScriptedEngine:
     def abort(self, request_id: RequestId, error: BatonError) -> None:
         self._inbox.put(("fail", request_id, error))
 
+    def kv_filled(self, request_id: RequestId, tokens: int) -> None:
+        self._inbox.put(("filled", request_id, tokens))
+
     def kv_receiving(self, request_id: RequestId) -> None:
         self._inbox.put(("receiving", request_id, None))
 

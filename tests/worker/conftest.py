@@ -47,6 +47,7 @@ class FakeTransfer:
     ready_calls: list[tuple[int, int, int, int]] = field(default_factory=list)
     finished: FirstToken | None = None
     aborted: BatonError | None = None
+    unsent_tokens: int = 0
 
     def ready(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None:
         self.ready_calls.append((layer_begin, layer_end, token_begin, token_end))
