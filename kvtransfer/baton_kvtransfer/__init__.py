@@ -5,7 +5,17 @@ from baton_kvtransfer.endpoint import KvEndpoint, Transfer
 from baton_kvtransfer.layout import AxisOrder, PageLayout
 from baton_kvtransfer.leaving import leave
 from baton_kvtransfer.metrics import TransferMetrics
-from baton_kvtransfer.records import Fence, FirstToken, Inbound, InboundEvents, Outbound, PeerInfo, Receipt
+from baton_kvtransfer.records import (
+    Fence,
+    FirstToken,
+    Inbound,
+    InboundEvents,
+    Outbound,
+    PeerInfo,
+    Pull,
+    PullOrder,
+    Receipt,
+)
 
 __all__ = [
     "AxisOrder",
@@ -17,6 +27,8 @@ __all__ = [
     "Outbound",
     "PageLayout",
     "PeerInfo",
+    "Pull",
+    "PullOrder",
     "Receipt",
     "Transfer",
     "TransferConfig",

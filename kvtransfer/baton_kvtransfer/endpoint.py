@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from baton_common.clock import Clock
 from baton_common.errors import BatonError, ErrorKind
@@ -28,7 +29,8 @@ from baton_kvtransfer.layout import PageLayout
 from baton_kvtransfer.link import Link, Local
 from baton_kvtransfer.metrics import TransferMetrics
 from baton_kvtransfer.outlink import OutLink
-from baton_kvtransfer.records import Fence, Inbound, InboundEvents, Outbound, PeerInfo
+from baton_kvtransfer.pulling import Asked, question
+from baton_kvtransfer.records import Fence, Inbound, InboundEvents, Outbound, PeerInfo, Pull
 from baton_kvtransfer.transfer import Transfer
 from baton_kvtransfer.transport import SocketTransport, Transport
 from baton_proto.common_pb2 import Compat
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["KvEndpoint", "Transfer"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _JOIN_S = 3.0
 _REMEMBERED_LINKS = 256
@@ -82,6 +86,7 @@ class KvEndpoint:
         self._expected = Expectations()
         self._admission = Admission(incarnation=incarnation, compat=compat, max_peers=config.max_peers)
         self._acceptor: Acceptor | None = None
+        self._address = ""  # of the listener
         self._lock = threading.Lock()  # of everything below
         self._closed = False
         self._numbers = 0
@@ -92,6 +97,7 @@ class KvEndpoint:
     def start(self) -> str:
         """Listen; returns the address for WorkerHello.peer_address. Raises WireError naming the port that is in use."""
         listener = self._local.transport.listen()
+        self._address = listener.address
         self._acceptor = Acceptor(
             listener=listener, clock=self._local.clock, on_channel=self._accepted, on_time=self._end_overdue
         )
@@ -136,22 +142,31 @@ class KvEndpoint:
         Raises ValueError when the range does not fit the pool, Aborted when this endpoint is closed.
         """
         self._check(outbound)
-        key = (outbound.peer_address, outbound.peer_incarnation)
-        with self._lock:
-            if self._closed:
-                raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
-            link = self._out.get(key)
-            if link is not None:
-                transfer = Transfer(outbound, link.tell, self._local.clock, self._local.layout)
-                if link.open(transfer):
-                    return transfer
-            link = OutLink(address=key[0], incarnation=key[1], local=self._local, ended=self._ended)
+
+        def use(link: OutLink) -> Transfer | None:
             transfer = Transfer(outbound, link.tell, self._local.clock, self._local.layout)
-            link.open(transfer)  # before the thread starts: it may be over before we could say anything
-            self._out[key] = link
-            self._links.add(link)
-            link.start()
-            return transfer
+            return transfer if link.open(transfer) else None
+
+        return self._over_link(outbound.peer_address, outbound.peer_incarnation, use)
+
+    def pull(self, pull: Pull) -> None:
+        """Ask a peer for KV that it holds; `expect` its transfer before, with the same positions.
+
+        It ends as every expectation does, and with on_failed when the peer refuses (PullDenied) or the link on which
+        we ask is lost before anything comes. Raises ValueError for an id that is not expected, Aborted when this
+        endpoint is closed.
+        """
+        if not self._expected.awaits(pull.transfer_id):
+            raise ValueError(f"transfer {pull.transfer_id} is not expected")
+        local = self._local
+        message = question(
+            pull, address=self._address, incarnation=local.incarnation, page_tokens=local.layout.page_tokens
+        )
+
+        def use(link: OutLink) -> bool:
+            return link.pull(pull.transfer_id, message)
+
+        self._over_link(pull.peer_address, pull.peer_incarnation, use)
 
     def peers(self) -> list[PeerInfo]:
         """Snapshot of all links, refused and lost ones included until they are replaced."""
@@ -161,6 +176,24 @@ class KvEndpoint:
             return live + [info for key, info in self._former.items() if key not in names]
 
     # ---- helpers ------------------------------------------------------------------------------------------------
+    def _over_link(self, address: str, incarnation: str, use: Callable[[OutLink], T | None]) -> T:
+        """`use` posts to the link to that peer, and says falsely when it is over; then a new one is dialled."""
+        key = (address, incarnation)
+        with self._lock:
+            if self._closed:
+                raise Aborted("this endpoint is closed", kind=ErrorKind.DRAINING)
+            link = self._out.get(key)
+            if link is not None and (used := use(link)):
+                return used
+            asked = Asked(self._expected, self._pull_failed)
+            link = OutLink(address=address, incarnation=incarnation, local=self._local, asked=asked, ended=self._ended)
+            used = use(link)  # before the thread starts: it may be over before we could say anything
+            assert used, "a link that has not started takes everything"
+            self._out[key] = link
+            self._links.add(link)
+            link.start()
+            return used
+
     def _check(self, order: Inbound | Outbound) -> None:
         pages, first_token, end_token = order.pages, order.first_token, order.end_token
         size, heads = self._local.layout.page_tokens, self._local.layout.heads
@@ -215,6 +248,10 @@ class KvEndpoint:
             late.request_id = inbound.request_id
             self._fail(inbound.transfer_id, late)
         return self._expected.next_deadline_s()
+
+    def _pull_failed(self, inbound: Inbound, error: BatonError) -> None:
+        self._local.metrics.failed.labels("in", type(error).__name__).inc()
+        self._events.on_failed(inbound.transfer_id, error)
 
     def _fail(self, transfer_id: TransferId, error: BatonError) -> None:
         if self._expected.end(transfer_id):

@@ -83,6 +83,10 @@ class Aborted(KVTransferError):
     kind = ErrorKind.ABORTED
 
 
+class PullDenied(KVTransferError):
+    """The peer will not send what we asked for: compute it."""
+
+
 class Corrupt(KVTransferError):
     """Chunks were damaged or lost in every round of resending."""
 

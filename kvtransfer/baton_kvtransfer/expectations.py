@@ -59,6 +59,22 @@ class Expectations:
         entry.gate.close()
         return True
 
+    def awaits(self, transfer_id: TransferId) -> bool:
+        """Expected, and no peer has said Reserve for it yet."""
+        with self._lock:
+            entry = self._entries.get(transfer_id)
+            return entry is not None and entry.tell is None
+
+    def end_unclaimed(self, transfer_id: TransferId) -> Inbound | None:
+        """It will not come. None: it is over, or a link brings it already and decides alone."""
+        with self._lock:
+            entry = self._entries.get(transfer_id)
+            if entry is None or entry.tell is not None:
+                return None
+            del self._entries[transfer_id]
+        entry.gate.close()
+        return entry.inbound
+
     def cancel(self, transfer_id: TransferId, error: BatonError) -> Gate:
         with self._lock:
             entry = self._entries.pop(transfer_id, None)

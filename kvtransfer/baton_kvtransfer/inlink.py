@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from baton_common.errors import BatonError
 from baton_kvtransfer.admission import Admission
-from baton_kvtransfer.blocks import seal_of
+from baton_kvtransfer.blocks import Blocks, agreed_payload, seal_of
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import (
     Aborted,
     KVTransferError,
     LayoutMismatch,
     PeerGone,
+    PullDenied,
     StalePeer,
     WireError,
     to_wire,
@@ -25,12 +27,13 @@ from baton_kvtransfer.errors import (
 from baton_kvtransfer.expectations import Expectations
 from baton_kvtransfer.link import Link, Local
 from baton_kvtransfer.protocol import Failed, Received, Receiving
+from baton_kvtransfer.pulling import order_from, refusal
 from baton_kvtransfer.receiving import Landing as Landed
 from baton_kvtransfer.receiving import Receiver, Verdict
 from baton_kvtransfer.records import InboundEvents
 from baton_kvtransfer.slots import SlotTable
 from baton_kvtransfer.wires import Landing, Wire
-from baton_proto.peer_pb2 import PeerHello, PeerMessage, PeerRefused, PeerWelcome
+from baton_proto.peer_pb2 import PeerHello, PeerMessage, PeerRefused, PeerWelcome, Pull
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class InLink(Link):
         self._receiver: Receiver | None = None
         self._remote_memory = False
         self._digest = ""  # kind, agreed in the handshake
+        self._blocks: Blocks = local.blocks  # with payloads as agreed in the handshake
         self._replaced = False
 
     # ---- handshake ----------------------------------------------------------------------------------------------
@@ -85,15 +89,17 @@ class InLink(Link):
         self._peer_id, self._peer_incarnation = hello.worker_id, hello.incarnation
         try:
             self._digest, wire = self._choose_digest(hello), self._choose_wire(hello)
+            payload = agreed_payload(sender=hello.payloads, receiver=local.blocks.payloads)
             self._admission.admit(hello, self._cut)
         except KVTransferError as error:
             self._reason, self._state = error.message, "refused"
             self._channel.send(PeerMessage(refused=_refused(error)))
             raise
+        self._blocks = local.blocks.for_payloads(payload)
         self._memory = wire.land(slots=len(self._slots), slot_bytes=local.config.slot_bytes)
         self._remote_memory = wire.caps.remote_memory
         self._receiver = Receiver(
-            layout=local.layout,
+            layout=replace(local.layout, dtype=payload),
             slots=self._slots,
             expected=self._expected,
             timers=local.timers,
@@ -107,6 +113,7 @@ class InLink(Link):
             incarnation=local.incarnation,
             wire=wire.name,
             digest=self._digest,
+            payload=payload,
             slot_bytes=local.config.slot_bytes,
             slots=self._slots.snapshot(),
             region=self._memory.region,
@@ -139,6 +146,9 @@ class InLink(Link):
         if message is None:
             return False
         receiver, clock = self._up()
+        if message.WhichOneof("kind") == "pull":
+            self._on_pull(message.pull)
+            return True
         if message.WhichOneof("kind") == "chunk" and message.chunk.bytes > self._local.config.slot_bytes:
             raise WireError(f"chunk of {message.chunk.bytes} bytes for slots of {self._local.config.slot_bytes}")
         landed = receiver.receive(message, clock())
@@ -147,6 +157,17 @@ class InLink(Link):
             receiver.landed(landed, verdict, clock())
             self._count(landed, verdict)
         return True
+
+    def _on_pull(self, message: Pull) -> None:
+        def refuse(error: BatonError) -> None:
+            self.post(lambda: self._up()[0].messages.append(refusal(message.transfer_id, error)))
+
+        try:
+            order = order_from(message, peer=self._peer_id, incarnation=self._peer_incarnation, refuse=refuse)
+        except PullDenied as error:
+            refuse(error)
+            return
+        self._events.on_pull(order)
 
     def _up(self) -> tuple[Receiver, Callable[[], float]]:
         assert self._receiver is not None, "made by the handshake"
@@ -167,7 +188,7 @@ class InLink(Link):
         if not landed.gate.enter():
             return Verdict.CLOSED
         try:
-            intact = self._local.blocks.scatter(
+            intact = self._blocks.scatter(
                 landed.block,
                 landed.pages,
                 payload,

@@ -22,7 +22,8 @@ class Outgoing:
     blocks: list[Block] = field(default_factory=list)  # by sequence number
     again: deque[int] = field(default_factory=deque)  # sequence numbers to resend
     round: int = 0
-    first: FirstToken | None = None
+    finished: bool = False  # everything was announced
+    first: FirstToken | None = None  # None: nothing was sampled, the receiver computes on
     verdict: BatonError | None = None  # to be told once the peer has spoken its last word
     lease_s: float = NEVER_S
     answer_s: float = NEVER_S

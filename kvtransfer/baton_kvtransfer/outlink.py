@@ -15,6 +15,7 @@ from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import Aborted, KVTransferError, LayoutMismatch, NoSlots, StalePeer, WireError, from_wire
 from baton_kvtransfer.link import Link, Local
 from baton_kvtransfer.protocol import PROTOCOL_VERSION
+from baton_kvtransfer.pulling import Asked
 from baton_kvtransfer.records import Receipt
 from baton_kvtransfer.sending import Ended, Push, Sender
 from baton_kvtransfer.transfer import Command, Transfer
@@ -32,11 +33,14 @@ MAX_SLOT_BYTES = 64 << 20
 
 
 class OutLink(Link):
-    def __init__(self, *, address: str, incarnation: str, local: Local, ended: Callable[[Link], None]) -> None:
+    def __init__(
+        self, *, address: str, incarnation: str, local: Local, asked: Asked, ended: Callable[[Link], None]
+    ) -> None:
         super().__init__(name=f"baton-kv-out-{incarnation[:8]}", local=local, direction="out", ended=ended)
         self._address = address
         self._peer_incarnation = incarnation
         self._transfers: dict[TransferId, Transfer] = {}
+        self._asked = asked
         self._reach: Reach | None = None
         self._digest = ""  # kind, agreed in the handshake
         self._blocks: Blocks = local.blocks  # with payloads as agreed in the handshake
@@ -50,6 +54,15 @@ class OutLink(Link):
         def command() -> None:
             self._transfers[transfer.order.transfer_id] = transfer
             self._sender.open(transfer.order, self._local.clock.now())
+
+        return self.post(command)
+
+    def pull(self, transfer_id: TransferId, question: PeerMessage) -> bool:
+        """From any thread. False: this link is over, take another. The end of the link ends the pull."""
+
+        def command() -> None:
+            self._asked.add(transfer_id)
+            self._sender.messages.append(question)
 
         return self.post(command)
 
@@ -132,6 +145,9 @@ class OutLink(Link):
         message = channel.receive(_no_payload)
         if message is None:
             return False
+        if message.WhichOneof("kind") == "pull_refused":
+            self._asked.refused(message.pull_refused, self._peer_id)
+            return True
         self._sender.receive(message, self._local.clock.now())
         return True
 
@@ -175,6 +191,7 @@ class OutLink(Link):
 
     def _tick(self, now_s: float) -> None:
         self._sender.tick(now_s)
+        self._asked.sweep()
         self._gauge_slots(self._sender.free_slots)
 
     def _gauge_slots(self, free: int) -> None:
@@ -219,6 +236,7 @@ class OutLink(Link):
             self._local.metrics.links.labels("out").dec()
             self._gauge_slots(0)
             self._reach.fence()
+        self._asked.lose(error)
         self._sender.lose(error)
         self._deliver()
         for transfer in self._transfers.values():  # aborted by their owners, or by our goodbye

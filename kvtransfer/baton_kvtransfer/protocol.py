@@ -97,7 +97,7 @@ class Receiving:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
     transfer_id: TransferId
-    first: FirstToken
+    first: FirstToken | None
     receipt: Receipt
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from baton_common.errors import BatonError, ErrorKind
@@ -65,7 +65,7 @@ class Landing:
 
     transfer_id: TransferId
     chunk: Chunk
-    block: Block
+    block: Block  # its heads as in the pool
     pages: Sequence[PageId]
     gate: Gate
 
@@ -167,12 +167,15 @@ class Receiver:
                 self._refuse(transfer_id)
                 return
             inbound = entry.inbound
-            coverage = Coverage(layout=self._layout, first_token=inbound.first_token, end_token=inbound.end_token)
+            heads = inbound.heads[1] - inbound.heads[0] if inbound.heads else self._layout.heads
+            layout = replace(self._layout, heads=heads)
+            coverage = Coverage(layout=layout, first_token=inbound.first_token, end_token=inbound.end_token)
             transfer = Incoming(inbound=inbound, coverage=coverage, lease_s=now_s + self._timers.lease_s)
             self._transfers[transfer_id], self._gates[transfer_id] = transfer, entry.gate
             transfer.advance(ReceiveState.RESERVED)
-            for field in ("first_token", "end_token"):
-                ours, theirs = getattr(inbound, field), getattr(reserve, field)
+            wanted = (("first_token", inbound.first_token), ("end_token", inbound.end_token), ("heads", heads))
+            for field, ours in wanted:
+                theirs = getattr(reserve, field)
                 if ours != theirs:
                     phase = transfer.state.value
                     error = LayoutMismatch(field, ours, theirs, transfer_id=transfer_id, peer=self._peer, phase=phase)
@@ -208,8 +211,11 @@ class Receiver:
             transfer.advance(ReceiveState.RECEIVING)
             transfer.first_chunk_s = now_s
             self.events.append(Receiving(transfer_id=transfer_id))
-        gate = self._gates[transfer_id]
-        return Landing(transfer_id=transfer_id, chunk=chunk, block=block, pages=transfer.inbound.pages, gate=gate)
+        inbound, gate = transfer.inbound, self._gates[transfer_id]
+        first_head = inbound.heads[0] if inbound.heads else 0
+        return Landing(
+            transfer_id=transfer_id, chunk=chunk, block=block.moved(first_head), pages=inbound.pages, gate=gate
+        )
 
     def landed(self, landing: Landing, verdict: Verdict, now_s: float) -> None:
         """The slot's bytes were used or given up."""
@@ -219,7 +225,7 @@ class Receiver:
             return
         if verdict is Verdict.GOOD:
             transfer.verified.add(landing.chunk.sequence)
-            transfer.coverage.add(landing.block)
+            transfer.coverage.add(block_of(landing.chunk))
             transfer.bytes += landing.chunk.bytes
             transfer.last_chunk_s = now_s
 
@@ -244,7 +250,8 @@ class Receiver:
             return
         transfer.advance(ReceiveState.COMMITTED)
         receipt = transfer.receipt(self._peer, self._wire, now_s)
-        self.events.append(Received(transfer_id=transfer_id, first=first_from_wire(sent.first), receipt=receipt))
+        first = first_from_wire(sent.first) if sent.HasField("first") else None
+        self.events.append(Received(transfer_id=transfer_id, first=first, receipt=receipt))
         self._forget(transfer, committed=True)
         self._say(PeerMessage(commit=Commit(transfer_id=transfer_id)))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from baton_common.errors import BatonError
-from baton_common.ids import PageId, RequestId, TransferId
+from baton_common.ids import PageHash, PageId, RequestId, TransferId
 
 PeerState = Literal["connecting", "up", "refused", "gone"]
 Direction = Literal["out", "in"]
@@ -65,6 +65,7 @@ class Inbound:
     first_token: int
     end_token: int
     deadline_s: float
+    heads: tuple[int, int] | None = None  # [begin, end) of the own pool; None = all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,39 @@ class Outbound:
     end_token: int
     deadline_s: float  # end of the lease: then it fails (answer_timeout_s later if only Commit is missing)
     done: Callable[[Receipt | BatonError], None]
+    heads: tuple[int, int] | None = None  # [begin, end) of the own pool; None = all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """What this worker asks a peer for: KV that lies in the pages of one of the peer's reservations.
+
+    It comes as the transfer `transfer_id`, which was expected before with the same positions; both are page borders.
+    """
+
+    transfer_id: TransferId
+    ticket: TransferId  # names the reservation
+    peer_address: str  # from the ticket
+    peer_incarnation: str  # from the ticket
+    first_token: int
+    end_token: int
+    page_hash: PageHash  # of the last page wanted: names the tokens of all positions before `end_token`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullOrder:
+    """A peer asks for KV that this worker holds. Positions make sense; ticket and hash are the owner's to check."""
+
+    transfer_id: TransferId  # that the peer expects
+    ticket: TransferId
+    first_token: int
+    end_token: int
+    page_hash: PageHash
+    page_tokens: int  # of the peer; both positions are multiples of it
+    peer: str  # worker id
+    peer_address: str
+    peer_incarnation: str
+    refuse: Callable[[BatonError], None]  # tells the peer; from any thread, at once or later
 
 
 class InboundEvents(Protocol):
@@ -91,11 +125,17 @@ class InboundEvents(Protocol):
     Per transfer: on_receiving at most once, then exactly one of on_received and on_failed, unless cancel came first.
     """
 
+    def on_pull(self, order: PullOrder) -> None:
+        """Open an Outbound to the peer with that transfer id, or refuse. An order may come twice: it means the same."""
+
     def on_receiving(self, transfer_id: TransferId) -> None:
         """The first chunk arrived."""
 
-    def on_received(self, transfer_id: TransferId, first: FirstToken, receipt: Receipt) -> None:
-        """KV of [first_token, end_token) is verified and in the pages; nothing here touches them any more."""
+    def on_received(self, transfer_id: TransferId, first: FirstToken | None, receipt: Receipt) -> None:
+        """KV of [first_token, end_token) is verified and in the pages; nothing here touches them any more.
+
+        `first` is None when the peer sampled nothing: KV that was pulled.
+        """
 
     def on_failed(self, transfer_id: TransferId, error: BatonError) -> None:
         """Nothing here touches the pages any more; what they hold in the reserved range is undefined."""

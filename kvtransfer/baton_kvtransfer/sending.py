@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton_common.errors import BatonError, ErrorKind
 from baton_common.ids import TransferId
@@ -30,7 +30,7 @@ class Push:
     """Gather `block` into the slot, digest, send `chunk`; then `pushed`, or `unpushed` when the gate was closed."""
 
     order: Outbound
-    block: Block
+    block: Block  # its heads as in the pool
     chunk: Chunk  # without its digest
 
 
@@ -67,8 +67,11 @@ class Sender:
     def slot_bytes(self) -> int:
         return self._slot_bytes
 
-    def connected(self, *, peer: str, wire: str, slots: Iterable[Slot], slot_bytes: int, now_s: float) -> None:
-        """The peer welcomed us. Call before any transfer is opened."""
+    def connected(
+        self, *, peer: str, wire: str, slots: Iterable[Slot], slot_bytes: int, payload: str, now_s: float
+    ) -> None:
+        """The peer welcomed us, and payloads are of that dtype. Call before any transfer is opened."""
+        self._layout = replace(self._layout, dtype=payload)
         self._peer, self._wire, self._slot_bytes = peer, wire, slot_bytes
         self._credits.set_up(slots)
         self._progress_s = self._alive_s = now_s
@@ -76,8 +79,9 @@ class Sender:
     # ---- commands -----------------------------------------------------------------------------------------------
     def open(self, order: Outbound, now_s: float) -> None:
         first, end = order.first_token, order.end_token
+        layout = replace(self._layout, heads=self._heads(order))
         try:
-            pending = Pending(layout=self._layout, slot_bytes=self._slot_bytes, first_token=first, end_token=end)
+            pending = Pending(layout=layout, slot_bytes=self._slot_bytes, first_token=first, end_token=end)
         except ValueError as error:
             failure = KVTransferError(str(error), transfer_id=order.transfer_id, peer=self._peer, phase="open")
             self.ended.append(Ended(transfer_id=order.transfer_id, outcome=failure))
@@ -97,16 +101,16 @@ class Sender:
             return
         self._turns[transfer_id] = None
 
-    def finish(self, transfer_id: TransferId, first: FirstToken, now_s: float) -> None:
+    def finish(self, transfer_id: TransferId, first: FirstToken | None, now_s: float) -> None:
         transfer = self._live(transfer_id)
-        if transfer is None or transfer.first is not None:
+        if transfer is None or transfer.finished:
             return
         if not transfer.pending.complete:
             self._fail(
                 transfer, transfer.defect(self._peer, "finish before all layers and positions were ready"), now_s
             )
             return
-        transfer.first, transfer.finish_s = first, now_s
+        transfer.finished, transfer.first, transfer.finish_s = True, first, now_s
         if transfer.state is SendState.PREFILLING:
             transfer.advance(SendState.SENDING)
         self._turns[transfer_id] = None
@@ -171,7 +175,8 @@ class Sender:
             slot=slot,
             bytes=block.bytes(self._layout),
         )
-        return Push(order=transfer.order, block=block, chunk=chunk)
+        first_head = transfer.order.heads[0] if transfer.order.heads else 0
+        return Push(order=transfer.order, block=block.moved(first_head), chunk=chunk)
 
     def pushed(self, push: Push, now_s: float) -> None:
         """The chunk and its header are out. Several may be under way at once, and end in any order."""
@@ -193,7 +198,7 @@ class Sender:
     def _perhaps_sent(self, transfer: Outgoing, now_s: float) -> None:
         flying = transfer.order.transfer_id in self._flying.values()
         nothing_left = transfer.pending.empty and not transfer.again and not flying
-        if transfer.state is SendState.SENDING and transfer.first is not None and nothing_left:
+        if transfer.state is SendState.SENDING and transfer.finished and nothing_left:
             transfer.advance(SendState.SENT)
             transfer.answer_s = now_s + self._timers.answer_s
             self._say_sent(transfer, now_s)
@@ -227,7 +232,7 @@ class Sender:
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state is not SendState.QUEUED:
             return
-        transfer.advance(SendState.PREFILLING if transfer.first is None else SendState.SENDING)
+        transfer.advance(SendState.SENDING if transfer.finished else SendState.PREFILLING)
         transfer.lease_s = now_s + self._timers.lease_s
         transfer.answer_s = transfer.repeat_s = float("inf")
         self._turns[transfer_id] = None
@@ -359,17 +364,20 @@ class Sender:
             request_id=order.request_id,
             first_token=order.first_token,
             end_token=order.end_token,
+            heads=self._heads(order),
         )
         self._say(PeerMessage(reserve=reserve))
 
+    def _heads(self, order: Outbound) -> int:
+        return order.heads[1] - order.heads[0] if order.heads else self._layout.heads
+
     def _say_sent(self, transfer: Outgoing, now_s: float) -> None:
-        assert transfer.first is not None, "finish came before"
         transfer.repeat_s = now_s + self._timers.alive_s
         sent = Sent(
             transfer_id=transfer.order.transfer_id,
             chunks=len(transfer.blocks),
             bytes=transfer.bytes,
-            first=first_to_wire(transfer.first),
+            first=None if transfer.first is None else first_to_wire(transfer.first),
             round=transfer.round,
         )
         self._say(PeerMessage(sent=sent))
