@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from baton_common.errors import ConfigError
+from baton_worker.tiering import parse_tiers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,13 @@ class WorkerConfig:
     metrics_port: Annotated[int, Field(ge=0, le=65535, description="Prometheus port on the same host; 0 = off")] = 0
     worker_id: Annotated[str, Field(description="stable name of this worker; empty = its host:port")] = ""
     device: Annotated[str, Field(description="where the model runs: cpu, cuda, cuda:1")] = "cpu"
+    tiers: Annotated[
+        str,
+        Field(
+            description="where KV is kept below the device, with sizes; empty = nowhere: "
+            "host=8GiB,file=/var/kv:64GiB,mooncake=master:50051:4GiB,sessions=2GiB (per tenant)"
+        ),
+    ] = ""
     drain_s: Annotated[float, Field(ge=0, description="on SIGTERM: seconds that running requests get to finish")] = 30.0
     stall_s: Annotated[float, Field(gt=0, description="work but no step for so many seconds = not healthy")] = 20.0
     stream_backlog: Annotated[
@@ -44,6 +52,7 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         split_address(self.listen, "listen")
+        parse_tiers(self.tiers)
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from baton_proto import common_pb2, worker_pb2
 
 if TYPE_CHECKING:
     from baton_engine.engine import EngineStats
+    from baton_worker.storage import Storage
 
 
 class EnginePort(Protocol):
@@ -61,8 +62,15 @@ class WorkerRole(Role, Protocol):
     def inbound(self) -> InboundEvents:
         """Who hears of KV that arrives."""
 
-    def bind(self, *, engine: EnginePort, endpoint: TransferPort | None, compat: common_pb2.Compat) -> None:
-        """Before the engine starts. No endpoint: nothing will ever be handed over."""
+    def bind(
+        self,
+        *,
+        engine: EnginePort,
+        endpoint: TransferPort | None,
+        compat: common_pb2.Compat,
+        storage: Storage | None = None,
+    ) -> None:
+        """Before the engine starts. No endpoint: nothing will ever be handed over; no storage: there are no tiers."""
 
     def accept(self, submit: worker_pb2.Submit, request: Request) -> None:
         """Before Engine.submit, on the event loop: complete `request`, or refuse it by raising a BatonError."""

@@ -9,9 +9,11 @@ from baton_kvtransfer.blocks import Blocks
 from baton_kvtransfer.tiers.config import TierConfig
 from baton_kvtransfer.tiers.file import FileTier
 from baton_kvtransfer.tiers.frames import FrameFormat, Namespace
+from baton_kvtransfer.tiers.ladder import TierState
 from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_kvtransfer.tiers.mooncake import MooncakeTier
 from baton_kvtransfer.tiers.pins import SessionId
+from baton_kvtransfer.tiers.pool import HostTooSmall
 from baton_kvtransfer.tiers.stack import TierStack
 from baton_kvtransfer.tiers.ticket import Copy, Progress, Ticket
 from baton_kvtransfer.tiers.tier import Tier, TierFault
@@ -19,6 +21,7 @@ from baton_kvtransfer.wires.choice import has_rdma
 
 __all__ = [
     "Copy",
+    "HostTooSmall",
     "Namespace",
     "Progress",
     "SessionId",
@@ -28,6 +31,7 @@ __all__ = [
     "TierFault",
     "TierMetrics",
     "TierStack",
+    "TierState",
     "open_tiers",
 ]
 
@@ -37,7 +41,7 @@ def open_tiers(
 ) -> TierStack | None:
     """The tiers that the configuration names; None = none. `host`: where other machines reach this one.
 
-    Raises ValueError when the host pool is too small, and WireError when a library that is asked for is missing.
+    Raises HostTooSmall, and WireError when a library that is asked for is missing.
     """
     if not config.host_bytes:
         if config.folder or config.mooncake_master:

@@ -13,6 +13,7 @@ class TierConfig:
     after_uses: int = 1  # a page is kept at its n-th use
     queue_pages: int = 256  # that may wait to be copied from or to the pool; more are left out
     pinned_fraction: float = 0.75  # of the host pool that sessions can keep from eviction
+    session_bytes: int = 0  # of the host pool that the sessions of one owner can keep
     folder: str = ""  # for KV pages, of this worker alone; empty = none
     folder_bytes: int = 8 << 30  # most that the folder may take of its disk
     mooncake_master: str = ""  # host:port of a Mooncake store's master; empty = none

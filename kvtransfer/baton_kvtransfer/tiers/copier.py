@@ -84,7 +84,7 @@ class Copier:
         frames: list[Frame] = []
         try:
             for page_hash, page in todo:
-                if self._closing:
+                if self._closing or copy.cancelled:
                     break
                 frame = self._pool.claim(page_hash)
                 if frame is not None and self._gather(frame, page):
@@ -94,8 +94,8 @@ class Copier:
                     self._skip("room")
                     break
         finally:
-            copy.finish(len(frames))
             self._pool.release_all(frames)
+            copy.finish(len(frames))
 
     def _gather(self, frame: Frame, page: PageId) -> bool:
         key = self._format.key(frame.page)
@@ -117,12 +117,12 @@ class Copier:
         good = 0
         try:
             for frame, page in todo:
-                if self._closing or not self._scatter(frame, page):
+                if self._closing or copy.cancelled or not self._scatter(frame, page):
                     break
                 good += 1
         finally:
-            copy.finish(good)
             self._pool.release_all([frame for frame, _ in todo])
+            copy.finish(good)
 
     def _scatter(self, frame: Frame, page: PageId) -> bool:
         payload, seal = self._format.payload(frame.view), self._format.seal(self._format.key(frame.page))

@@ -2,7 +2,7 @@
 
 What a tier gives back is verified here; what does not match its key, length or digest is deleted, counted and missing.
 A call that fails or takes too long turns that kind of call off, with one warning; after a while it is tried again.
-Reads and writes are off by themselves: a full disk can still be read. Used by the tier's own thread only.
+Reads and writes are off by themselves: a full disk can still be read. Calls come from the tier's own thread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,28 @@ class Guard:
         self._slow_s = slow_s
         self._open = False
         self._off_until_s: dict[Call, float | None] = {"read": None, "write": None}
+        self._why: dict[Call, str] = {"read": "", "write": ""}
+        self._began_s: float | None = None  # of the call that runs
 
+    # ---- any thread --------------------------------------------------------------------------------------------------
+    @property
+    def bytes(self) -> int:
+        return self._tier.bytes
+
+    @property
+    def hangs(self) -> bool:
+        """The call that runs takes too long already: what is asked now would wait behind it."""
+        began_s = self._began_s
+        return began_s is not None and self._clock.now() - began_s > self._slow_s
+
+    @property
+    def reason(self) -> str:
+        """Why it is off, wholly or in part; empty = it is on."""
+        if self.hangs:
+            return f"a call takes longer than {self._slow_s:.1f} s"
+        return "; ".join(f"{call}: {why}" for call, why in self._why.items() if why)
+
+    # ---- the tier's thread -------------------------------------------------------------------------------------------
     def open(self) -> None:
         """Ahead of the first use, which would do it, too."""
         self._call("read", lambda: None, None)
@@ -84,20 +105,24 @@ class Guard:
         off_until_s = self._off_until_s[call]
         if off_until_s is not None and self._clock.now() < off_until_s:
             return otherwise
+        began_s = self._began_s = self._clock.now()
         try:
             if not self._open:
                 self._tier.open()
                 self._open = True
-            began_s = self._clock.now()
+                began_s = self._clock.now()
             result = work()
         except Exception as error:
             self._failed(_reason(error), (call,) if self._open else ("read", "write"))
             return otherwise
+        finally:
+            self._began_s = None
         took_s = self._clock.now() - began_s
         if took_s > self._slow_s:
             self._failed(f"a {call} took {took_s:.1f} s", (call,))
         elif off_until_s is not None:
             self._off_until_s[call] = None
+            self._why[call] = ""
             self._metrics.off.labels(self.name, call).set(0)
             log.info("a tier works again", extra={"tier": self.name, "call": call})
         return result
@@ -110,6 +135,7 @@ class Guard:
             self._metrics.faults.labels(self.name, call).inc()
             self._metrics.off.labels(self.name, call).set(1)
             self._off_until_s[call] = self._clock.now() + self._retry_s
+            self._why[call] = reason
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ Every page here is a frame of the host pool, held by the job that reads or write
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from baton_common.ids import PageHash
@@ -18,6 +19,13 @@ from baton_kvtransfer.tiers.lane import Lane
 from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_kvtransfer.tiers.pool import Frame, HostPool
 from baton_kvtransfer.tiers.ticket import Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierState:
+    name: str
+    bytes: int  # that it takes of this machine's disk or memory
+    reason: str  # why it is off, wholly or in part; empty = it is on
 
 
 class Ladder:
@@ -55,6 +63,9 @@ class Ladder:
         """Bring the rest of the ticket's pages into the host pool; the ticket is ended when nothing more comes."""
         self._ask(ticket, step=0, fruitless=0)
 
+    def status(self) -> list[TierState]:
+        return [TierState(name=guard.name, bytes=guard.bytes, reason=guard.reason) for guard, _ in self._steps]
+
     def close(self, timeout_s: float) -> None:
         """Blocks, so long for each tier."""
         for _, lane in self._steps:
@@ -65,10 +76,13 @@ class Ladder:
         self._pool.release_all([frame])
 
     def _ask(self, ticket: Ticket, *, step: int, fruitless: int) -> None:
-        if fruitless == len(self._steps) or not self._steps[step][1].urgent(
-            partial(self._continue, ticket, step, fruitless)
-        ):
-            ticket.end()
+        while fruitless < len(self._steps):
+            guard, lane = self._steps[step]
+            if not guard.hangs and lane.urgent(partial(self._continue, ticket, step, fruitless)):
+                return
+            step = (step + 1) % len(self._steps)
+            fruitless += 1
+        ticket.end()
 
     def _continue(self, ticket: Ticket, step: int, fruitless: int) -> None:
         """On the lane of that step."""

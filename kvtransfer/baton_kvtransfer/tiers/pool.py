@@ -26,7 +26,19 @@ from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_kvtransfer.tiers.pins import Pins, SessionId
 
 _ALIGNMENT = 64
-LEAST_FRAMES = 4
+_LEAST_FRAMES = 4
+
+
+class HostTooSmall(ValueError):
+    """The memory does not hold the fewest pages that are of any use."""
+
+    def __init__(self, host_bytes: int, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.least_pages = _LEAST_FRAMES
+        self.least_bytes = _LEAST_FRAMES * page_bytes
+        super().__init__(
+            f"host_bytes is {host_bytes}, a page takes {page_bytes}; set at least {self.least_bytes}, or 0"
+        )
 
 
 class _State(Enum):
@@ -50,16 +62,14 @@ class HostPool:
     def __init__(
         self, host_bytes: int, *, frame_bytes: int, pinned_fraction: float, clock: Clock, metrics: TierMetrics
     ) -> None:
-        """`pinned_fraction`: at most so much is kept by sessions. Raises ValueError when too few frames fit.
+        """`pinned_fraction`: at most so much is kept by sessions. Raises HostTooSmall when too few frames fit.
 
         The memory is page-locked where there is a GPU.
         """
-        stride = -(-frame_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._stride = stride = -(-frame_bytes // _ALIGNMENT) * _ALIGNMENT
         count = host_bytes // stride
-        if count < LEAST_FRAMES:
-            raise ValueError(
-                f"host_bytes is {host_bytes}, a page takes {stride}; set at least {LEAST_FRAMES * stride}, or 0"
-            )
+        if count < _LEAST_FRAMES:
+            raise HostTooSmall(host_bytes, stride)
         whole = _memory(count * stride)
         self._views = [whole[index * stride : index * stride + frame_bytes] for index in range(count)]
         self._free = list(range(count - 1, -1, -1))
@@ -75,6 +85,11 @@ class HostPool:
     @property
     def frames(self) -> int:
         return len(self._views)
+
+    @property
+    def bytes(self) -> int:
+        """That it takes of this machine's memory."""
+        return len(self._views) * self._stride
 
     # ---- frames ------------------------------------------------------------------------------------------------------
     def missing(self, pages: Sequence[PageHash]) -> list[PageHash]:
@@ -152,10 +167,12 @@ class HostPool:
             self._metrics.pinned.set(self._pins.pages)
             return change.held
 
-    def unpin(self, session: SessionId) -> None:
+    def unpin(self, session: SessionId) -> list[PageHash]:
         """See `TierStack.unpin`."""
         with self._lock:
-            self._unpinned(self._pins.unpin(session))
+            released = self._pins.unpin(session)
+            self._unpinned(released)
+            return released
 
     def demote(self, pages: Iterable[PageHash]) -> None:
         """See `TierStack.evict_soon`; of these, the last goes first."""

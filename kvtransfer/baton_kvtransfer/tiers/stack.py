@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from baton_common.clock import Clock
 from baton_common.ids import PageHash, PageId
 from baton_kvtransfer.blocks import XXH3, Blocks
+from baton_kvtransfer.tiers.alarm import Alarm
 from baton_kvtransfer.tiers.config import TierConfig
 from baton_kvtransfer.tiers.copier import Copier
 from baton_kvtransfer.tiers.frames import FrameFormat, Namespace
 from baton_kvtransfer.tiers.guard import Guard
-from baton_kvtransfer.tiers.ladder import Ladder
+from baton_kvtransfer.tiers.ladder import Ladder, TierState
 from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_kvtransfer.tiers.pins import SessionId
 from baton_kvtransfer.tiers.pool import HostPool
@@ -83,6 +84,7 @@ class TierStack:
             kept=self._ladder.write,
             metrics=metrics,
         )
+        self._alarm = Alarm(clock)
         self._uses = _Uses(config.after_uses, most_pages=_REMEMBERED * self._pool.frames)
 
     def offload(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Copy:
@@ -102,6 +104,8 @@ class TierStack:
         if len(here) < len(hashes):
             self._metrics.misses.labels("host").inc()
             self._ladder.climb(ticket)
+            if not ticket.poll().over:
+                self._alarm.at(deadline_s, ticket.end)
         return ticket
 
     def restore(self, ticket: Ticket, pages: Sequence[PageId]) -> Copy:
@@ -118,16 +122,21 @@ class TierStack:
         """
         return self._pool.pin(session, hashes, ttl_s=ttl_s, quota_bytes=quota_bytes)
 
-    def unpin(self, session: SessionId) -> None:
-        """Before its time; a session that is unknown or over is none."""
-        self._pool.unpin(session)
+    def unpin(self, session: SessionId) -> list[PageHash]:
+        """Before its time; a session that is unknown or over is none. Returns the pages that nobody pins any more."""
+        return self._pool.unpin(session)
 
     def evict_soon(self, hashes: Sequence[PageHash]) -> None:
         """A hint: these pages of the host pool make room before others do, unless they are held or pinned."""
         self._pool.demote(hashes)
 
+    def status(self) -> list[TierState]:
+        """Of the host pool and of each tier."""
+        return [TierState(name="host", bytes=self._pool.bytes, reason=""), *self._ladder.status()]
+
     def close(self) -> None:
         """Blocks. Copies that did not begin are left out; what waits to be written to tiers is written."""
+        self._alarm.close(_CLOSE_S)
         self._copier.close(_CLOSE_S)
         self._ladder.close(_CLOSE_S)
 

@@ -1,7 +1,8 @@
-"""What the stack hands out: a prefetch to be polled, and a copy to be waited for.
+"""What the stack hands out: a prefetch and a copy, both to be polled or to say themselves when they are over.
 
 A ticket holds the frames that it found, so that they cannot be evicted before they are used: whoever has it ends it, by
-`TierStack.restore` or `release`. Threads of the stack write both records, anybody polls them without waiting.
+`TierStack.restore` or `release`. Threads of the stack write both records, anybody polls them without waiting. Callbacks
+run once, on the thread that ends the matter, or at once when it is over already; they must not wait.
 """
 
 from __future__ import annotations
@@ -41,12 +42,21 @@ class Ticket:
         self._lock = threading.Lock()
         self._frames = list(frames)
         self._over = len(frames) == len(pages)
+        self._call: Callable[[], None] | None = None
 
     def poll(self) -> Progress:
+        if self._clock.now() >= self._deadline_s:
+            self.end()
         with self._lock:
-            if self._clock.now() >= self._deadline_s:
-                self._over = True
             return Progress(ready=len(self._frames), over=self._over)
+
+    def on_over(self, call: Callable[[], None]) -> None:
+        """`call` when no more comes, unless it is restored or released before."""
+        with self._lock:
+            if not self._over:
+                self._call = call
+                return
+        call()
 
     def release(self) -> None:
         """The pages are not wanted any more. May be called again, and after `restore`."""
@@ -61,18 +71,24 @@ class Ticket:
             if self._over:
                 return False
             self._frames += frames
-            self._over = len(self._frames) == len(self.pages)
-            return True
+            complete = len(self._frames) == len(self.pages)
+        if complete:
+            self.end()
+        return True
 
     def end(self) -> None:
-        """Nobody has more of it."""
+        """Nobody has more of it, or it is too late."""
         with self._lock:
             self._over = True
+            call, self._call = self._call, None
+        if call is not None:
+            call()
 
     def take(self) -> list[Frame]:
         """The frames, with the holds on them; the ticket is over."""
         with self._lock:
             self._over = True
+            self._call = None
             frames, self._frames = self._frames, []
             return frames
 
@@ -81,8 +97,11 @@ class Copy:
     """A Fence: pages of the engine's pool are read or written until `done()`."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._pages = 0
         self._done = False
+        self._cancelled = False
+        self._call: Callable[[], None] | None = None
 
     @property
     def pages(self) -> int:
@@ -92,7 +111,27 @@ class Copy:
     def done(self) -> bool:
         return self._done
 
+    def on_done(self, call: Callable[[], None]) -> None:
+        """`call` when it is done."""
+        with self._lock:
+            if not self._done:
+                self._call = call
+                return
+        call()
+
+    def cancel(self) -> None:
+        """No further page is begun; it is done soon, with what it has."""
+        self._cancelled = True
+
+    # ---- for the stack -----------------------------------------------------------------------------------------------
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
     def finish(self, pages: int) -> None:
-        """For the stack."""
-        self._pages = pages
-        self._done = True
+        with self._lock:
+            self._pages = pages
+            self._done = True
+            call, self._call = self._call, None
+        if call is not None:
+            call()
