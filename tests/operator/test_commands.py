@@ -47,7 +47,11 @@ SPECS = st.fixed_dictionaries(
     {"model": MODELS, "profile": st.sampled_from(sorted(shipped_profiles()))},
     optional={
         "colocated": st.just({"replicas": 1}),
-        "transport": st.fixed_dictionaries({"wire": st.sampled_from(["auto", "tcp"])}),
+        "transport": st.fixed_dictionaries({"wire": st.sampled_from(["auto", "tcp", "nixl", "mooncake"])}),
+        "cache": st.sampled_from([
+            {"hostMemory": "8Gi"}, {"hostMemory": "64Mi", "disk": {"size": "1Gi"}},
+            {"hostMemory": "1.5Gi", "mooncake": {"master": "m.ns.svc:50051"}, "sessions": {"quota": "100M"}},
+        ]),
         "slo": st.sampled_from([{"itlMs": 20}, {"ttftMs": 500}]),
         "router": st.just({"apiKeysSecret": "keys"}),
     },

@@ -207,6 +207,59 @@ def test_a_pod_that_is_stopped_while_it_starts_hears_it(role: str) -> None:
     assert template(planned(), role)["spec"]["shareProcessNamespace"] is True
 
 
+def pages_volume(wanted: Desired, role: str) -> Any:
+    volumes = {volume["name"]: volume for volume in template(wanted, role)["spec"]["volumes"]}
+    return volumes.get("kv-pages")
+
+
+def test_tiers_reach_every_worker_with_memory_and_a_folder_of_its_own() -> None:
+    cache = {
+        "hostMemory": "8Gi", "disk": {"size": "64Gi"}, "mooncake": {"master": "m.ns.svc:50051", "memory": "4Gi"},
+        "sessions": {"quota": "1500Mi"},
+    }  # fmt: skip
+    wanted = planned(cache=cache)
+    for role in ("prefill", "decode"):
+        assert flags(wanted, role)["--tiers"] == (
+            "host=8GiB,file=/kv/pages:58983MiB,mooncake=m.ns.svc:50051:4GiB,sessions=1500MiB"
+        )
+        assert main(wanted, role)["resources"]["requests"]["memory"] == "13Gi"
+        assert pages_volume(wanted, role)["emptyDir"] == {"sizeLimit": "64Gi"}
+        mounts = {mount["name"]: mount for mount in main(wanted, role)["volumeMounts"]}
+        assert mounts["kv-pages"] == {"name": "kv-pages", "mountPath": "/kv"}
+    assert pages_volume(wanted, "router") is None
+    assert "--tiers" not in flags(wanted, "router")
+
+
+def test_without_a_cache_nothing_of_it_is_in_a_pod() -> None:
+    assert "--tiers" not in flags(planned(), "decode")
+    assert pages_volume(planned(), "decode") is None
+    assert pages_volume(planned(cache={"hostMemory": "1Gi"}), "decode") is None
+
+
+def test_a_storage_class_gives_every_pod_a_volume_that_goes_with_it() -> None:
+    wanted = planned(cache={"hostMemory": "1Gi", "disk": {"size": "100Gi", "storageClass": "fast"}})
+    claim = pages_volume(wanted, "decode")["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim == {
+        "accessModes": ["ReadWriteOnce"], "storageClassName": "fast", "resources": {"requests": {"storage": "100Gi"}},
+    }  # fmt: skip
+
+
+def test_a_patch_may_take_another_volume_for_pages() -> None:
+    local = {"name": "kv-pages", "emptyDir": None, "hostPath": {"path": "/nvme/kv"}}
+    wanted = planned(
+        cache={"hostMemory": "1Gi", "disk": {"size": "100Gi"}}, decode={"podTemplate": {"spec": {"volumes": [local]}}}
+    )
+    assert pages_volume(wanted, "decode") == {"name": "kv-pages", "hostPath": {"path": "/nvme/kv"}}
+    assert "emptyDir" in pages_volume(wanted, "prefill")
+
+
+def test_a_change_of_tiers_rolls_workers_and_not_routers() -> None:
+    before, after = planned(), planned(cache={"hostMemory": "1Gi"})
+    assert {part for part in Component if before.revisions.get(part) != after.revisions.get(part)} == {
+        Component.PREFILL, Component.DECODE,
+    }  # fmt: skip
+
+
 def test_gpus_rdma_and_nodes_come_from_the_profile() -> None:
     h200 = shipped_profiles()["h200"]
     wanted = planned(h200, profile="h200", parallelism={"tensor": 4}, decode={"parallelism": {"tensor": 8}})
@@ -280,16 +333,16 @@ def test_an_autoscaled_role_leaves_replicas_out_and_only_bounds_are_kept() -> No
     }  # fmt: skip
 
 
-def connections(wanted: Desired) -> set[tuple[str, str, int]]:
-    """(from, to, port) between components that both ends allow."""
+def connections(wanted: Desired) -> set[tuple[str, str, int | None]]:
+    """(from, to, port) between components that both ends allow; None: any port."""
 
-    def sides(role: str, side: str, peer: str) -> set[tuple[str, int]]:
+    def sides(role: str, side: str, peer: str) -> set[tuple[str, int | None]]:
         found = set()
         for rule in one(wanted, "NetworkPolicy", f"chat-{role}")["spec"][side]:
             for other in rule.get(peer, []):
                 labels = other.get("podSelector", {}).get("matchLabels", {})
                 if "serving.baton.dev/role" in labels:
-                    found |= {(labels["serving.baton.dev/role"], port["port"]) for port in rule["ports"]}
+                    found |= {(labels["serving.baton.dev/role"], port.get("port")) for port in rule["ports"]}
         return found
 
     roles = [item.name.removeprefix("chat-") for item in wanted.children if item.kind.kind == "Deployment"]
@@ -299,11 +352,42 @@ def connections(wanted: Desired) -> set[tuple[str, str, int]]:
     return out
 
 
+KV_WAYS = (("prefill", "decode"), ("decode", "prefill"), ("decode", "decode"))
+
+
 def test_exactly_these_connections_are_allowed_between_pods_on_both_ends() -> None:
+    """KV goes to decode, back for the next turn, and from a decode worker that drains to another one."""
     assert connections(planned()) == {
-        ("router", "prefill", 9000), ("router", "decode", 9000), ("prefill", "decode", 9100),
+        ("router", "prefill", 9000), ("router", "decode", 9000), *((*way, 9100) for way in KV_WAYS),
     }  # fmt: skip
     assert connections(planned(colocated={"replicas": 1})) == {("router", "colocated", 9000)}
+
+
+@pytest.mark.parametrize("wire", ["nixl", "mooncake"])
+def test_a_library_that_picks_its_ports_may_use_any_between_those_who_exchange_kv(wire: str) -> None:
+    wanted = planned(transport={"wire": wire})
+    assert connections(wanted) == {
+        ("router", "prefill", 9000), ("router", "decode", 9000), *((*way, None) for way in KV_WAYS),
+    }  # fmt: skip
+
+
+def test_auto_comes_to_such_a_library_only_where_there_is_rdma() -> None:
+    rdma = {"device": "cuda", "gpu": {"resource": "nvidia.com/gpu", "perNode": 8}, "rdma": {"resource": "rdma/ib"}}
+    wanted = planned(AcceleratorProfile.parse(profile_object("ib", **rdma)), profile="ib")
+    assert ("prefill", "decode", None) in connections(wanted)
+    assert ("prefill", "decode", 9100) in connections(planned(transport={"wire": "tcp"}))
+
+
+def test_parts_of_a_mooncake_store_reach_each_other_and_their_master() -> None:
+    cache = {"hostMemory": "1Gi", "mooncake": {"master": "mooncake.store.svc:50051", "memory": "1Gi"}}
+    wanted = planned(cache=cache, model={"uri": "pvc://weights/llama"}, colocated={}, prefill={}, decode={})
+    workers = ("prefill", "decode", "colocated")
+    made = connections(wanted)
+    assert {(one, other, None) for one in workers for other in workers} <= made
+    for role in workers:
+        egress = one(wanted, "NetworkPolicy", f"chat-{role}")["spec"]["egress"]
+        assert {"ports": [{"protocol": "TCP", "port": 50051}]} in egress
+    assert "50051" not in str(one(wanted, "NetworkPolicy", "chat-router"))
 
 
 def test_everything_else_is_denied_and_the_ways_out_are_known() -> None:

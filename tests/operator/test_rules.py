@@ -68,7 +68,8 @@ def test_the_schema_refuses(change: dict[str, Any]) -> None:
         ({"model": {"uri": "file://./a"}, "transport": {"wire": "shm"}}, None),
         ({"model": {"uri": "s3://abc/d"}}, "use hf://, file:// or baton://demo"),
         ({"model": {"uri": "pvc://a"}}, "use hf://, file:// or baton://demo"),
-        ({"transport": {"wire": "nixl"}}, "the nixl wire joins machines of a cluster; on this machine use"),
+        ({"transport": {"wire": "nixl"}, "cache": {"hostMemory": "1Gi"}}, None),
+        ({"cache": {"sessions": {"quota": "1Gi"}}}, "set cache.hostMemory, or remove cache"),
         ({"decode": {"replicas": 0}}, "or neither and use colocated"),
     ],
 )

@@ -63,3 +63,20 @@ def test_a_worker_is_not_spread_over_gpus_that_a_profile_does_not_have() -> None
     wanted = InferenceService.parse(service({"profile": "mine", "parallelism": {"tensor": 2}})).spec
     with pytest.raises(Unplaceable, match=r"profile mine has no GPUs; choose a GPU profile"):
         worker_size(wanted, Role.DECODE, PROFILES["cpu"].spec, profile_name="mine")
+
+
+def test_the_cache_comes_on_top_of_what_a_worker_has() -> None:
+    cache = {"hostMemory": "3Gi", "disk": {"size": "10Gi"}, "mooncake": {"master": "m:1", "memory": "512Mi"}}
+    made = size("cpu", {"cache": cache})
+    assert dict(made.requests) == {"cpu": "500m", "memory": "4608Mi", "ephemeral-storage": "10Gi"}
+    assert dict(made.limits) == {"memory": "7680Mi"}
+    both = {"requests": {"memory": "1G"}, "limits": {"ephemeral-storage": "1Gi"}}
+    own = size("cpu", {"cache": cache, "prefill": {"resources": both}})
+    assert own.requests["memory"] == str(10**9 + 3584 * 2**20)
+    assert own.limits["ephemeral-storage"] == "11Gi"
+    assert "ephemeral-storage" not in own.requests  # its limit is its request
+
+
+def test_a_volume_of_its_own_takes_nothing_of_the_node() -> None:
+    made = size("cpu", {"cache": {"hostMemory": "1Gi", "disk": {"size": "10Gi", "storageClass": "fast"}}})
+    assert dict(made.requests) == {"cpu": "500m", "memory": "2Gi"}

@@ -131,6 +131,16 @@ SERVICES = [
     Case(name="surge-or-unavailable", spec={"rollout": {"maxSurge": "25%", "maxUnavailable": "0%"}}),
     Case(name="drain-first", spec={"rollout": {"maxSurge": 0, "maxUnavailable": 1}}),
     Case(name="slo", spec={"slo": {"itlMs": 50, "percentile": 99}}),
+    Case(name="host-memory", spec={"cache": {"hostMemory": "64Mi"}}),
+    Case(
+        name="all-tiers",
+        spec={
+            "cache": {
+                "hostMemory": 2**30, "disk": {"size": "1Gi", "storageClass": "fast"}, "sessions": {"quota": "1024Mi"},
+                "mooncake": {"master": "mooncake-master.store.svc:50051", "memory": "1Gi"},
+            }
+        },
+    ),
     Case(name="longest-name", called="a" * 63, spec={}),
     # ---- refused
     Case(name="uri-of-no-scheme", spec={"model": {"uri": "Qwen/Qwen3"}}, faults={"spec.model.uri": "or baton://demo"}),
@@ -232,6 +242,22 @@ SERVICES = [
         faults={"spec.rollout": "raise one of them"},
     ),
     Case(name="slo-of-nothing", spec={"slo": {"percentile": 90}}, faults={"spec.slo": "or remove slo"}),
+    Case(
+        name="tiers-without-memory", spec={"cache": {"disk": {"size": "1Gi"}, "sessions": {"quota": "1Gi"}}},
+        faults={"spec.cache.hostMemory": "set cache.hostMemory, or remove cache"},
+    ),
+    Case(name="tiers-of-nothing", spec={"cache": {}}, faults={"spec.cache.hostMemory": "or remove cache"}),
+    Case(
+        name="tiers-that-hold-nothing", spec={"cache": {"hostMemory": "500m", "disk": {"size": "1Mi"}}},
+        faults={
+            "spec.cache.hostMemory": "raise cache.hostMemory to 64Mi or more",
+            "spec.cache.disk.size": "raise disk.size to 64Mi or more",
+        },
+    ),
+    Case(
+        name="quota-above-memory", spec={"cache": {"hostMemory": "1Gi", "sessions": {"quota": "1025Mi"}}},
+        faults={"spec.cache.sessions.quota": "lower sessions.quota or raise cache.hostMemory"},
+    ),
     Case(name="name-too-long", called="a" * 64, spec={}, faults={"": "beginning with a letter and not ending with -"}),
     Case(name="name-of-digits", called="7b", spec={}, faults={"": "beginning with a letter and not ending with -"}),
     Case(name="name-with-dots", called="a.b", spec={}, faults={"": "beginning with a letter and not ending with -"}),
@@ -285,6 +311,10 @@ MISFITS: dict[str, Tree] = {
     "scale-to-zero": {"decode": {"minReplicas": 0, "maxReplicas": 1}},
     "dtype": {"model": {"dtype": "float8"}},
     "wire": {"transport": {"wire": "carrier-pigeon"}},
+    "master-without-port": {"cache": {"hostMemory": "1Gi", "mooncake": {"master": "store"}}},
+    "master-is-no-url": {"cache": {"hostMemory": "1Gi", "mooncake": {"master": "http://store:50051"}}},
+    "disk-without-size": {"cache": {"hostMemory": "1Gi", "disk": {}}},
+    "host-memory": {"cache": {"hostMemory": "8 GB"}},
     "surge": {"rollout": {"maxSurge": "1/2"}},
     "surge-above-all": {"rollout": {"maxSurge": "101%"}},
     "amount": {"decode": {"resources": {"limits": {"memory": "16 GB"}}}},

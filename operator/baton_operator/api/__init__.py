@@ -1,6 +1,7 @@
 """The API of Baton, serving.baton.dev/v1alpha1, as frozen typed models: the one source of the CRDs."""
 
 from baton_operator.api.base import API_VERSION, GROUP, VERSION, Role, Strict
+from baton_operator.api.cache import Cache, Disk, Mooncake, Sessions
 from baton_operator.api.metadata import Metadata
 from baton_operator.api.model import DEMO_URI, Model
 from baton_operator.api.policy import Rollout, Slo, Transport
@@ -13,9 +14,9 @@ from baton_operator.api.sizing import Unplaceable, WorkerSize, worker_size
 from baton_operator.api.status import Condition, ConditionType, RolesStatus, RoleStatus, ServiceStatus
 
 __all__ = [
-    "API_VERSION", "DEMO_URI", "GROUP", "VERSION", "AcceleratorProfile", "Condition", "ConditionType", "Gpus",
-    "HttpRoute", "InferenceService", "Ingress", "Metadata", "Model", "Parallelism", "Place", "PodMetadata",
-    "PodTemplate", "Pool", "ProfileSpec", "Rdma", "Resources", "Role", "RoleStatus", "RolesStatus", "Rollout",
-    "Router", "RouterService", "Rule", "ServiceSpec", "ServiceStatus", "Slo", "Strict", "Toleration", "Transport",
-    "Unplaceable", "Violation", "WorkerSize", "rules_of", "violations", "worker_size",
+    "API_VERSION", "DEMO_URI", "GROUP", "VERSION", "AcceleratorProfile", "Cache", "Condition", "ConditionType", "Disk",
+    "Gpus", "HttpRoute", "InferenceService", "Ingress", "Metadata", "Model", "Mooncake", "Parallelism", "Place",
+    "PodMetadata", "PodTemplate", "Pool", "ProfileSpec", "Rdma", "Resources", "Role", "RoleStatus", "RolesStatus",
+    "Rollout", "Router", "RouterService", "Rule", "ServiceSpec", "ServiceStatus", "Sessions", "Slo", "Strict",
+    "Toleration", "Transport", "Unplaceable", "Violation", "WorkerSize", "rules_of", "violations", "worker_size",
 ]  # fmt: skip

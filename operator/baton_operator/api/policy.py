@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from baton_operator.api.base import IntOrPercent, Strict
-from baton_operator.api.rules import Place, rule
+from baton_operator.api.rules import rule
 
 Wire = Literal["auto", "nixl", "mooncake", "tcp", "shm"]
 
@@ -18,13 +18,6 @@ class Transport(Strict):
     wire: Annotated[
         Wire, Field(description="auto = the fastest that both ends prove to have; shm is for one machine only")
     ] = "auto"
-
-    @rule(
-        field="wire", places=frozenset({Place.MACHINE}),
-        message="the {wire} wire joins machines of a cluster; on this machine use auto, shm or tcp",
-    )  # fmt: skip
-    def wire_of_one_machine(self) -> bool:
-        return self.wire in ("auto", "shm", "tcp")
 
 
 class Rollout(Strict):

@@ -16,3 +16,17 @@ def amount(quantity: int | str) -> Decimal:
     text = str(quantity)
     number = text.rstrip("mkKMGTPi")
     return Decimal(number) * _SUFFIXES[text[len(number) :]]
+
+
+def amount_bytes(quantity: int | str | None) -> int:
+    """Of memory or disk, whole bytes; absent = 0."""
+    return 0 if quantity is None else int(amount(quantity))
+
+
+def of_bytes(size_bytes: int) -> str:
+    """As short as it can be said exactly."""
+    for suffix in ("Ti", "Gi", "Mi", "Ki"):
+        unit = int(_SUFFIXES[suffix])
+        if size_bytes and size_bytes % unit == 0:
+            return f"{size_bytes // unit}{suffix}"
+    return str(size_bytes)

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from baton_operator.api.base import ApiVersion, ObjectName, Role, Strict
+from baton_operator.api.cache import Cache
 from baton_operator.api.metadata import Metadata, checked
 from baton_operator.api.model import Model
 from baton_operator.api.policy import Rollout, Slo, Transport
@@ -46,6 +47,7 @@ class ServiceSpec(Strict):
     colocated: Annotated[Pool | None, Field(description="workers that do both themselves; 0")] = None
     router: Router = Field(default_factory=Router)
     transport: Transport = Field(default_factory=Transport)
+    cache: Annotated[Cache | None, Field(description="memory and disk for KV beyond the pool; absent = none")] = None
     rollout: Rollout = Field(default_factory=Rollout)
     slo: Slo | None = None
 

@@ -1,4 +1,7 @@
-"""What one worker asks of a node: GPUs from parallelism and profile, the rest from profile and overrides. Pure."""
+"""What one worker asks of a node: GPUs from parallelism and profile, the rest from profile and overrides. Pure.
+
+What the cache takes comes on top, of whatever profile and overrides say.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from dataclasses import dataclass
 
 from baton_common.errors import ConfigError
 from baton_operator.api.base import Role
+from baton_operator.api.cache import Cache
 from baton_operator.api.pool import Resources
 from baton_operator.api.profile import ProfileSpec
+from baton_operator.api.quantity import amount_bytes, of_bytes
 from baton_operator.api.service import ServiceSpec
 
 
@@ -48,8 +53,27 @@ def worker_size(spec: ServiceSpec, role: Role, profile: ProfileSpec, *, profile_
             devices[profile.rdma.resource] = tensor * profile.rdma.per_gpu
     override = spec.pool(role).resources or Resources()
     base = profile.worker_resources
+    requests, limits = {**base.requests, **override.requests}, {**base.limits, **override.limits}
+    for resource, size_bytes in _cache_bytes(spec.cache).items():
+        if resource in requests or resource not in limits:  # a limit alone is the request, too
+            requests[resource] = _more(requests.get(resource, 0), size_bytes)
+        if resource in limits:
+            limits[resource] = _more(limits[resource], size_bytes)
     return WorkerSize(
-        gpus=tensor if profile.gpu else 0,
-        requests={**base.requests, **override.requests, **devices},
-        limits={**base.limits, **override.limits, **devices},
+        gpus=tensor if profile.gpu else 0, requests={**requests, **devices}, limits={**limits, **devices}
     )
+
+
+def _cache_bytes(cache: Cache | None) -> Mapping[str, int]:
+    """By resource. A volume of a StorageClass takes nothing of the node."""
+    if cache is None:
+        return {}
+    lent = cache.mooncake.memory if cache.mooncake else None
+    found = {"memory": amount_bytes(cache.host_memory) + amount_bytes(lent)}
+    if cache.disk and not cache.disk.storage_class:
+        found["ephemeral-storage"] = amount_bytes(cache.disk.size)
+    return found
+
+
+def _more(size: int | str, size_bytes: int) -> str:
+    return of_bytes(amount_bytes(size) + size_bytes)

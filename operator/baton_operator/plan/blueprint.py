@@ -65,6 +65,22 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """Where each worker keeps KV beyond its pool. 0 and empty = nothing there."""
+
+    host_bytes: int
+    disk_bytes: int = 0
+    disk_class: str = ""       # StorageClass of a volume per pod; empty = the node's own disk
+    mooncake_master: str = ""  # host:port
+    mooncake_bytes: int = 0    # memory lent to the store
+    session_bytes: int = 0     # quota of one tenant
+
+    @property
+    def mooncake_port(self) -> int:
+        return int(self.mooncake_master.rpartition(":")[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
     """Pods of one component."""
 
@@ -113,6 +129,8 @@ class Blueprint:
     endpoint: Endpoint
     max_surge: int | str
     max_unavailable: int | str
+    tiers: Tiers | None = None                      # of every worker
+    any_peer_port: bool = False                     # KV goes by a library that picks its ports itself
     pull_secrets: tuple[str, ...] = ()
     api_servers: tuple[tuple[str, int], ...] = ()   # (address, port) behind `kubernetes`: what the router watches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton_common.kube.objects import digest
-from baton_operator.plan.blueprint import Blueprint, ModelSource, Pool
+from baton_operator.plan.blueprint import Blueprint, ModelSource, Pool, Tiers
 from baton_operator.plan.labels import Component
 from baton_operator.plan.names import child_name
 
@@ -19,6 +19,13 @@ MODEL_FOLDER = "/models"
 SETTINGS_FOLDER = "/etc/baton"
 SETTINGS_FILE = "settings.yaml"
 SCRATCH_FOLDER = "/tmp"  # the one writable folder of a read-only root file system
+
+PAGES_VOLUME = "/kv"
+PAGES_FOLDER = f"{PAGES_VOLUME}/pages"
+"""Not the volume's root: a file system may have folders of its own there."""
+
+_PAGES_PART = 0.9  # of a disk; the rest is for the file system, and for a page that is being written
+_MIB = 1 << 20
 
 KEYS_FOLDER = "/etc/baton-keys"
 """One file per API key: a mounted Secret, so that a changed key needs no restart."""
@@ -44,7 +51,27 @@ def worker_command(plan: Blueprint, pool: Pool) -> list[str]:
     ]  # fmt: skip
     if pool.component is not Component.COLOCATED:
         command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}", "--peer-advertise", "$(POD_IP)"]
+    if plan.tiers is not None:
+        command.append(f"--tiers={tiers_text(plan.tiers, PAGES_FOLDER)}")
     return command
+
+
+def tiers_text(tiers: Tiers, folder: str) -> str:
+    """As the workers' setting has it. `folder`: for pages on disk, of one worker alone."""
+    parts = [f"host={_size(tiers.host_bytes)}"]
+    if tiers.disk_bytes:
+        parts.append(f"file={folder}:{_size(int(tiers.disk_bytes * _PAGES_PART))}")
+    if tiers.mooncake_master:
+        parts.append(f"mooncake={tiers.mooncake_master}:{_size(tiers.mooncake_bytes)}")
+    if tiers.session_bytes:
+        parts.append(f"sessions={_size(tiers.session_bytes)}")
+    return ",".join(parts)
+
+
+def _size(size_bytes: int) -> str:
+    """Rounded up to what can be read."""
+    mib = -(-size_bytes // _MIB)
+    return f"{mib // 1024}GiB" if mib and mib % 1024 == 0 else f"{mib}MiB"
 
 
 def router_command(plan: Blueprint) -> list[str]:

@@ -13,6 +13,7 @@ from baton_common.kube.objects import Json, Object
 from baton_operator.api import (
     DEMO_URI,
     AcceleratorProfile,
+    Cache,
     InferenceService,
     Model,
     Router,
@@ -22,7 +23,8 @@ from baton_operator.api import (
 from baton_operator.api import Pool as DeclaredPool
 from baton_operator.api import Role as DeclaredRole
 from baton_operator.api.pool import PodTemplate
-from baton_operator.plan.blueprint import Blueprint, Endpoint, ModelSource, Pool, Scale, Scheme
+from baton_operator.api.quantity import amount_bytes
+from baton_operator.plan.blueprint import Blueprint, Endpoint, ModelSource, Pool, Scale, Scheme, Tiers
 from baton_operator.plan.commands import HTTP_PORT_NAME
 from baton_operator.plan.labels import Component
 from baton_operator.plan.names import child_name
@@ -32,6 +34,7 @@ _CONTEXT_TOKENS = 8192   # length of an answer that a drain waits for, where the
 _DRAIN_S = (30, 3600)    # shortest and longest drain of a worker that writes answers
 _WORKER_WAIT_S = 60      # a deleted pod's successor is on its way: new and started answers wait for it
 _PREFILL_DRAIN_S = 60    # a prompt that runs, and its handoff
+_OWN_PORTS = ("nixl", "mooncake")
 _ROUTER_REQUESTS: Mapping[str, int | str] = {"cpu": "500m", "memory": "512Mi"}
 _ROUTER_LIMITS: Mapping[str, int | str] = {"memory": "2Gi"}
 
@@ -66,6 +69,8 @@ def blueprint(service: InferenceService, profile: AcceleratorProfile, platform: 
         endpoint=_endpoint(service),
         max_surge=spec.rollout.max_surge,
         max_unavailable=spec.rollout.max_unavailable,
+        tiers=tiers(spec.cache),
+        any_peer_port=_any_peer_port(spec, profile),
         pull_secrets=platform.pull_secrets,
         api_servers=platform.api_servers,
     )
@@ -79,6 +84,27 @@ def drain_s(spec: ServiceSpec, component: Component) -> int:
     tokens = spec.model.context_tokens or _CONTEXT_TOKENS
     least, most = _DRAIN_S
     return min(most, max(least, math.ceil(tokens * pace_ms / 1000)))
+
+
+def tiers(cache: Cache | None) -> Tiers | None:
+    """None: KV lives in the pools of the workers alone."""
+    if cache is None or cache.host_memory is None:
+        return None
+    disk, store, sessions = cache.disk, cache.mooncake, cache.sessions
+    return Tiers(
+        host_bytes=amount_bytes(cache.host_memory),
+        disk_bytes=amount_bytes(disk.size) if disk else 0,
+        disk_class=(disk.storage_class or "") if disk else "",
+        mooncake_master=store.master if store else "",
+        mooncake_bytes=amount_bytes(store.memory) if store else 0,
+        session_bytes=amount_bytes(sessions.quota) if sessions else 0,
+    )
+
+
+def _any_peer_port(spec: ServiceSpec, profile: AcceleratorProfile) -> bool:
+    """NIXL's UCX and Mooncake listen where they like; `auto` may come to NIXL where there is RDMA."""
+    wire = spec.transport.wire
+    return wire in _OWN_PORTS or (wire == "auto" and profile.spec.rdma is not None)
 
 
 def _has_pods(spec: ServiceSpec, role: DeclaredRole) -> bool:

@@ -1,8 +1,10 @@
 """How the service is reached and who may talk to whom.
 
-Connections, each allowed on both ends and nothing else: clients -> router (http); router -> workers (grpc); prefill ->
-decode (peer: the sender of KV dials); Prometheus -> all (metrics, from inside the cluster); all -> DNS; router -> API
-server (it watches endpoints); fetching containers -> the model's server. Before any of it, a policy that denies all.
+Connections, each allowed on both ends and nothing else: clients -> router (http); router -> workers (grpc); sender of
+KV -> receiver (peer: prefill -> decode, for what decode holds the other way, and from a decode worker that drains to
+another); workers -> a Mooncake store's master, and each other's part of it; Prometheus -> all (metrics, from inside the
+cluster); all -> DNS; router -> API server (it watches endpoints); fetching containers -> the model's server. Before any
+of it, a policy that denies all.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ from baton_operator.plan.names import child_name, label_value
 _DNS_PORT = 53
 _HTTPS_PORT = 443
 _API_PORTS = (443, 6443)
+_SENDS_TO = {
+    Component.PREFILL: (Component.DECODE,),
+    Component.DECODE: (Component.PREFILL, Component.DECODE),
+    Component.COLOCATED: (),
+}
+"""Who dials whom to send KV."""
 
 
 def services(plan: Blueprint) -> Iterator[Child]:
@@ -84,16 +92,28 @@ def _worker_ingress(plan: Blueprint, pool: Pool) -> list[Json]:
         _rule("from", [_pods(plan, Component.ROUTER)], commands.GRPC_PORT),
         _rule("from", [{"namespaceSelector": {}}], commands.METRICS_PORT),
     ]
-    if pool.component is Component.DECODE and plan.pool(Component.PREFILL) is not None:
-        rules.append(_rule("from", [_pods(plan, Component.PREFILL)], commands.PEER_PORT))
-    return rules
+    senders = [other for other in plan.workers if pool.component in _SENDS_TO[other.component]]
+    return [*rules, *_kv(plan, "from", senders), *_store(plan, "from")]
 
 
 def _worker_egress(plan: Blueprint, pool: Pool) -> list[Json]:
-    rules = [_dns(), *_model_server(plan)]
-    if pool.component is Component.PREFILL:
-        rules.append(_rule("to", [_pods(plan, Component.DECODE)], commands.PEER_PORT))
-    return rules
+    receivers = [other for other in plan.workers if other.component in _SENDS_TO[pool.component]]
+    return [_dns(), *_model_server(plan), *_kv(plan, "to", receivers), *_store(plan, "to")]
+
+
+def _kv(plan: Blueprint, side: str, others: Sequence[Pool]) -> list[Json]:
+    peers = [_pods(plan, other.component) for other in others]
+    if not peers:
+        return []
+    return [_any_port(side, peers) if plan.any_peer_port else _rule(side, peers, commands.PEER_PORT)]
+
+
+def _store(plan: Blueprint, side: str) -> list[Json]:
+    """A Mooncake store: its master is known by a name, which no policy can; its parts listen where they like."""
+    if plan.tiers is None or not plan.tiers.mooncake_master:
+        return []
+    parts = [_any_port(side, [_pods(plan, pool.component) for pool in plan.workers])]
+    return parts if side == "from" else [_rule("to", [], plan.tiers.mooncake_port), *parts]
 
 
 def _router_egress(plan: Blueprint) -> list[Json]:
@@ -124,6 +144,10 @@ def _rule(side: str, peers: Sequence[Json], *ports: int) -> Json:
     if peers:
         entry[side] = peers
     return entry
+
+
+def _any_port(side: str, peers: Sequence[Json]) -> Json:
+    return {"ports": [{"protocol": "TCP"}], side: list(peers)}
 
 
 def _pods(plan: Blueprint, component: Component) -> Json:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 from baton_common.kube.gates import REGISTERED_GATE, TRANSPORT_GATE
 from baton_common.kube.objects import Json, Object, digest, mapping
+from baton_operator.api.quantity import of_bytes
 from baton_operator.plan import commands
-from baton_operator.plan.blueprint import Blueprint, Pool
+from baton_operator.plan.blueprint import Blueprint, Pool, Tiers
 from baton_operator.plan.labels import (
     KV_REVISION_LABEL,
     REVISION_LABEL,
@@ -27,6 +28,7 @@ from baton_operator.plan.settings import settings_text
 
 MAIN_CONTAINER = "main"  # patches name it
 FETCH_CONTAINER = "fetch-model"
+PAGES_VOLUME = "kv-pages"  # patches name it, too
 USER_ID = 65532
 _GRACE_S = 10  # after the drain: closing sockets, writing the last lines
 _ENDPOINTS_LAG_S = 5  # until every proxy has taken a stopping router out of the Service
@@ -225,6 +227,8 @@ def _mounts(plan: Blueprint, pool: Pool) -> list[Json]:
     ]
     if pool.shared_memory:
         mounts.append(_mount("shared-memory", "/dev/shm"))
+    if _has_disk(plan, pool):
+        mounts.append(_mount(PAGES_VOLUME, commands.PAGES_VOLUME))
     if _has_keys(plan, pool):
         mounts.append(_mount("api-keys", commands.KEYS_FOLDER, read_only=True))
     return mounts
@@ -238,9 +242,27 @@ def _volumes(plan: Blueprint, pool: Pool) -> list[Json]:
     ]
     if pool.shared_memory:
         volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": pool.shared_memory}})
+    if plan.tiers is not None and _has_disk(plan, pool):
+        volumes.append({"name": PAGES_VOLUME, **_pages_volume(plan.tiers)})
     if _has_keys(plan, pool):
         volumes.append({"name": "api-keys", "secret": {"secretName": plan.endpoint.api_keys_secret}})
     return volumes
+
+
+def _has_disk(plan: Blueprint, pool: Pool) -> bool:
+    return pool.component is not Component.ROUTER and plan.tiers is not None and plan.tiers.disk_bytes > 0
+
+
+def _pages_volume(tiers: Tiers) -> Object:
+    """One per pod: a worker shares its folder with nobody, and a pod that is gone leaves nothing behind."""
+    size = of_bytes(tiers.disk_bytes)
+    if not tiers.disk_class:
+        return {"emptyDir": {"sizeLimit": size}}
+    claim: Json = {
+        "accessModes": ["ReadWriteOnce"], "storageClassName": tiers.disk_class,
+        "resources": {"requests": {"storage": size}},
+    }  # fmt: skip
+    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
 def _has_keys(plan: Blueprint, pool: Pool) -> bool:
