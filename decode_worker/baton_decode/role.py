@@ -19,9 +19,11 @@ from baton_engine.role import Fence, TokenLogprobs, TokenOut
 from baton_engine.step import StepPlan
 from baton_kvtransfer.records import FirstToken, Inbound, InboundEvents, Receipt
 from baton_proto import common_pb2, worker_pb2
+from baton_worker.filling import Filler
 from baton_worker.handoff import as_transfer_error
 from baton_worker.outbox import Ended, KvChanged, Outbox, Reserved, StepTokens
-from baton_worker.ports import DoneFence, EnginePort, TransferPort
+from baton_worker.ports import AllDone, DoneFence, EnginePort, TransferPort
+from baton_worker.storage import Storage
 
 log = logging.getLogger("baton.decode")
 
@@ -34,6 +36,8 @@ class DecodeRole:
         self._incarnation = incarnation
         self._engine: EnginePort | None = None
         self._endpoint: TransferPort | None = None
+        self._storage: Storage | None = None
+        self._filler: Filler | None = None
         self._serials = itertools.count(1)
         self._lock = threading.Lock()
         self._waiting: dict[TransferId, RequestId] = {}  # expected, and not released yet
@@ -44,9 +48,19 @@ class DecodeRole:
     def inbound(self) -> InboundEvents:
         return self
 
-    def bind(self, *, engine: EnginePort, endpoint: TransferPort | None, compat: common_pb2.Compat) -> None:
+    def bind(
+        self,
+        *,
+        engine: EnginePort,
+        endpoint: TransferPort | None,
+        compat: common_pb2.Compat,
+        storage: Storage | None = None,
+    ) -> None:
         self._engine = engine
         self._endpoint = endpoint
+        self._storage = storage
+        sources = [] if storage is None else [storage.source()]
+        self._filler = Filler(engine=engine, sources=sources, page_tokens=compat.page_tokens)
 
     def accept(self, submit: worker_pb2.Submit, request: Request) -> None:
         if request.mode is Mode.PREFILL:
@@ -61,18 +75,19 @@ class DecodeRole:
 
     # ---- engine thread ----------------------------------------------------------------------------------------------
     def wants_fill(self, request: Request) -> bool:
-        return False
+        return self._filler is not None and self._filler.wants(request)
 
     def on_fill(
         self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
     ) -> None:
-        raise AssertionError("`wants_fill` says no")
+        assert self._filler is not None
+        self._filler.begin(request, pages, hashes, have_tokens)
 
     def wants_pages(self) -> bool:
-        return False
+        return self._storage is not None
 
     def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None:
-        return None
+        return None if self._storage is None else self._storage.keep_pages(hashes, pages)
 
     def unsent_tokens(self) -> int:
         return 0
@@ -126,17 +141,20 @@ class DecodeRole:
         self._outbox.put(StepTokens(step=step, tokens=tuple(tokens)))
 
     def release_kv(self, request: Request, error: BatonError | None) -> Fence:
+        filled: Fence = DoneFence() if self._filler is None else self._filler.stop(request.request_id)
         if self._endpoint is None or request.transfer_id is None:
-            return DoneFence()
+            return filled
         with self._lock:
             self._waiting.pop(request.transfer_id, None)
         over = error or Aborted("the request is over", request_id=request.request_id)
-        return self._endpoint.cancel(request.transfer_id, over)
+        return AllDone(filled, self._endpoint.cancel(request.transfer_id, over))
 
     def on_kv_events(self, stored: Sequence[PageHash], removed: Sequence[PageHash]) -> None:
         self._outbox.put(KvChanged(stored=tuple(stored), removed=tuple(removed)))
 
     def on_ended(self, request: Request, error: BatonError | None) -> None:
+        if self._storage is not None and error is None:
+            self._storage.keep_session(request)
         self._outbox.put(Ended(request_id=request.request_id, error=error))
 
     # ---- transfer threads -------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from baton_engine.step import StepPlan
 from baton_kvtransfer.records import FirstToken, InboundEvents, Outbound, Receipt
 from baton_proto import common_pb2, worker_pb2
 from baton_worker.convert import check_compat
+from baton_worker.filling import Filler
 from baton_worker.handoff import as_transfer_error
 from baton_worker.outbox import Ended, KvChanged, Outbox, StepTokens
-from baton_worker.ports import DoneFence, EnginePort, OutboundTransfer, TransferPort
+from baton_worker.ports import AllDone, DoneFence, EnginePort, OutboundTransfer, TransferPort
+from baton_worker.storage import Storage
 
 log = logging.getLogger("baton.prefill")
 
@@ -34,6 +36,8 @@ class PrefillRole:
         self._outbox = outbox
         self._engine: EnginePort | None = None
         self._endpoint: TransferPort | None = None
+        self._storage: Storage | None = None
+        self._filler: Filler | None = None
         self._compat = common_pb2.Compat()
         self._tickets: dict[RequestId, worker_pb2.Ticket] = {}  # from accept to on_ended
         self._transfers: dict[RequestId, OutboundTransfer] = {}  # from admission to release_kv
@@ -45,9 +49,19 @@ class PrefillRole:
     def inbound(self) -> InboundEvents:
         return _NothingExpected()
 
-    def bind(self, *, engine: EnginePort, endpoint: TransferPort | None, compat: common_pb2.Compat) -> None:
+    def bind(
+        self,
+        *,
+        engine: EnginePort,
+        endpoint: TransferPort | None,
+        compat: common_pb2.Compat,
+        storage: Storage | None = None,
+    ) -> None:
         self._engine = engine
         self._endpoint = endpoint
+        self._storage = storage
+        sources = [] if storage is None else [storage.source()]
+        self._filler = Filler(engine=engine, sources=sources, page_tokens=compat.page_tokens)
         self._compat = compat
 
     def accept(self, submit: worker_pb2.Submit, request: Request) -> None:
@@ -72,18 +86,19 @@ class PrefillRole:
 
     # ---- engine thread ----------------------------------------------------------------------------------------------
     def wants_fill(self, request: Request) -> bool:
-        return False
+        return self._filler is not None and self._filler.wants(request)
 
     def on_fill(
         self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
     ) -> None:
-        raise AssertionError("`wants_fill` says no")
+        assert self._filler is not None
+        self._filler.begin(request, pages, hashes, have_tokens)
 
     def wants_pages(self) -> bool:
-        return False
+        return self._storage is not None
 
     def on_pages(self, hashes: Sequence[PageHash], pages: Sequence[PageId]) -> Fence | None:
-        return None
+        return None if self._storage is None else self._storage.keep_pages(hashes, pages)
 
     def unsent_tokens(self) -> int:
         return sum(transfer.unsent_tokens for transfer in self._transfers.values())
@@ -139,15 +154,19 @@ class PrefillRole:
         self._outbox.put(StepTokens(step=step, tokens=tuple(tokens)))
 
     def release_kv(self, request: Request, error: BatonError | None) -> Fence:
+        filled: Fence = DoneFence() if self._filler is None else self._filler.stop(request.request_id)
         transfer = self._transfers.pop(request.request_id, None)
         if transfer is None:
-            return DoneFence()
-        return transfer.abort(error or Aborted("the request is over", request_id=request.request_id))
+            return filled
+        sent = transfer.abort(error or Aborted("the request is over", request_id=request.request_id))
+        return AllDone(filled, sent)
 
     def on_kv_events(self, stored: Sequence[PageHash], removed: Sequence[PageHash]) -> None:
         self._outbox.put(KvChanged(stored=tuple(stored), removed=tuple(removed)))
 
     def on_ended(self, request: Request, error: BatonError | None) -> None:
+        if self._storage is not None and error is None:
+            self._storage.keep_session(request)
         self._tickets.pop(request.request_id, None)
         self._outbox.put(Ended(request_id=request.request_id, error=error))
 

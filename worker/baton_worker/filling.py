@@ -25,8 +25,8 @@ from baton_worker.ports import AllDone, EnginePort
 log = logging.getLogger("baton.worker")
 
 Done = Callable[[int], None]
-"""KV of [0, tokens) is in the pages; `tokens` is a page border, never below where the source began. From any thread, but
-not while holding a lock that `stop` takes."""
+"""KV of [0, tokens) is in the pages; `tokens` is a page border, never below where the source began. From any thread,
+but not while holding a lock that `stop` takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
