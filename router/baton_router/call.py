@@ -33,6 +33,7 @@ class CallInfo:
     include_usage: bool
     logprobs: bool
     top_logprobs: int
+    session: str = ""  # under which its KV is kept; "" = not kept
 
 
 class Call:

@@ -51,6 +51,9 @@ class RouterConfig:
     ] = 64
     max_inflight: Annotated[int, Field(ge=1, description="requests in flight before 429")] = 1024
     drain_s: Annotated[int, Field(ge=0, description="time for open answers to finish after SIGTERM, seconds")] = 25
+    otlp_endpoint: Annotated[
+        str, Field(description="OTLP/HTTP collector of spans, http://host:4318; empty = no spans")
+    ] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least severe log line")] = (
         "info"
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton_common.clock import Clock
+from baton_common.telemetry import Attributes
 from baton_proto import worker_pb2 as wire
 from baton_proto.common_pb2 import Compat
 from baton_router.links import Link, LinkState
@@ -40,6 +41,11 @@ class Assignment:
     prefill_tokens: int
     role: WorkerRole
 
+    def told(self, how: str) -> Attributes:
+        """For spans; `how` as in RouterMetrics.placed."""
+        facts = {"baton.placement": how, "baton.decode_worker": self.decode_key}
+        return {**facts, "baton.prefill_worker": self.prefill_key} if how == "handoff" else facts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
@@ -59,7 +65,7 @@ class Fleet:
         """Why there is no link at all, for /ready."""
         self.trouble = ""
         """What keeps the assignment from following the truth, for /ready."""
-        self._router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self.router_id = f"router-{uuid.uuid4().hex[:12]}"
         self._clock = clock
         self._started = False
         self._tasks: dict[Link, asyncio.Task[None]] = {}
@@ -95,7 +101,7 @@ class Fleet:
                 self._drop(link)
         for address, pod in pods.items():
             if (address, pod) not in known:
-                link = Link(address, self._router_id, self._clock, self._changed, pod=pod)
+                link = Link(address, self.router_id, self._clock, self._changed, pod=pod)
                 self.links.append(link)
                 if self._started:
                     self._run(link)

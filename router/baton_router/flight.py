@@ -20,6 +20,7 @@ from typing import Protocol
 
 from baton_common.errors import BatonError, DeadlineExceeded, Draining, ErrorKind, Overloaded
 from baton_common.hashing import token_bytes
+from baton_common.telemetry import UNRECORDED, Span
 from baton_proto import worker_pb2 as wire
 from baton_router.fleet import Assignment, Fleet
 from baton_router.links import Leg, Token, WorkerLost
@@ -80,7 +81,9 @@ class Order:
     resume_wait_s: float
     local_below_tokens: int
     priority: int = 0
-    traceparent: str = ""
+    span: Span = UNRECORDED
+    """Hears where the request went; its name is handed on to the workers."""
+    keep: wire.KvKeep | None = None
 
 
 def submission(
@@ -96,11 +99,13 @@ def submission(
         sampling=order.sampling,
         deadline_ms=min(left_ms, 2**32 - 1),
         cache_salt=order.prompt.cache_salt,
-        traceparent=order.traceparent,
+        traceparent=order.span.traceparent,
         priority=order.priority,
     )
     if mode == wire.SUBMIT_MODE_RESERVE:
         message.local_below_tokens = order.local_below_tokens
+    if order.keep is not None and mode != wire.SUBMIT_MODE_PREFILL:  # kept where the request ends
+        message.keep.CopyFrom(order.keep)
     if ticket is not None:
         message.ticket.CopyFrom(ticket)
     return message
@@ -171,13 +176,21 @@ class Flight:
         mode = wire.SUBMIT_MODE_LOCAL if local else wire.SUBMIT_MODE_RESERVE
         self._advance(Phase.DECODING if local else Phase.RESERVING)
         if local:
-            self._metrics.placed("local")
+            self._placed("local")
         # with a reservation the decode worker computes nothing, so it is charged nothing
         charge = found.decode_tokens if local or found.decode_tokens < self._order.local_below_tokens else 0
         self._decode = found.decode.submit(self._submission(mode), self, charge)
 
     def _submission(self, mode: wire.SubmitMode, ticket: wire.Ticket | None = None) -> wire.Submit:
         return submission(self._order, mode, outputs=self._outputs, now_s=self._loop.time(), ticket=ticket)
+
+    def _placed(self, how: str) -> None:
+        """The span keeps every attempt as an event, and the newest as its attributes."""
+        self._metrics.placed(how)
+        assert self._assigned is not None
+        where = self._assigned.told(how)
+        self._order.span.set(where)
+        self._order.span.event("placed", {**where, "baton.request_id": self._order.request_id})
 
     def _wait(self) -> None:
         """Nobody fits. Those that failed get another chance after a pause; else a change of the fleet wakes us."""
@@ -217,6 +230,7 @@ class Flight:
                 self._fail(BatonError(f"gave up after {self._failures} attempts; last: {error}", kind=error.kind))
                 return
         self._metrics.retried("lost" if isinstance(error, WorkerLost) else error.kind.value)
+        self._order.span.event("retry", {"baton.worker": worker, "baton.error": error.message})
         log.warning(
             "retrying after: %s", error, extra={"request": self._order.request_id, "outputs": len(self._outputs)}
         )
@@ -231,7 +245,7 @@ class Flight:
         if leg is not self._decode or self.phase is not Phase.RESERVING:
             return
         if ticket.local:
-            self._metrics.placed("local_short")
+            self._placed("local_short")
             self._advance(Phase.DECODING)
             return
         assigned = self._assigned
@@ -240,7 +254,7 @@ class Flight:
         if not assigned.prefill.up or assigned.prefill.key != assigned.prefill_key:
             self._retry(Draining("the prefill worker went away while decode reserved"), assigned.prefill_key)
             return
-        self._metrics.placed("handoff")
+        self._placed("handoff")
         self._advance(Phase.PREFILLING)
         submission = self._submission(wire.SUBMIT_MODE_PREFILL, ticket)
         self._prefill = assigned.prefill.submit(submission, self, assigned.prefill_tokens)
@@ -270,6 +284,8 @@ class Flight:
     def _accept(self, token: Token, *, from_prefill: bool) -> None:
         self._outputs.append(token.token_id)
         self._failures = self._pauses = 0
+        if token.position == 0:
+            self._order.span.event("first_token", {"baton.request_id": self._order.request_id})
         if token.finish:
             if from_prefill and self._decode is not None:
                 self._decode.abort("finished with its first token")  # it still holds its reservation

@@ -158,6 +158,10 @@ class Link:
         self._send(wire.RouterMessage(submit=message))
         return leg
 
+    def end_session(self, session: str, tenant: str) -> None:
+        """Its KV need not be kept. For a link whose stream is up."""
+        self._send(wire.RouterMessage(session_end=wire.SessionEnd(session=session, tenant=tenant)))
+
     def close_leg(self, leg: Leg, abort_reason: str | None) -> None:
         if self._legs.get(leg.handle) is not leg:
             return

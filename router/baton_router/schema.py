@@ -7,6 +7,7 @@ that clients with extra bookkeeping fields run unchanged. It does not know the m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,6 +19,8 @@ from baton_router.template import RESERVED
 MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
+MAX_NAME = 256
+MAX_TTL_S = 24 * 3600
 
 _REFUSED = (
     "audio", "web_search_options", "functions", "function_call", "regex", "ebnf", "guided_json", "guided_regex",
@@ -33,6 +36,31 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool = False
+
+
+class CacheControl(BaseModel):
+    """Keep the KV of this conversation for its next turn. `session` None: named by how the conversation begins."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["ephemeral"]
+    ttl: str = "5m"
+    session: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+
+    def ttl_s(self) -> int:
+        """Seconds. Raises InvalidRequest for what is no time, or too long."""
+        found = re.fullmatch(r"([1-9][0-9]{0,8})([smh])", self.ttl)
+        seconds = int(found[1]) * _UNITS_S[found[2]] if found else 0
+        if not 0 < seconds <= MAX_TTL_S:
+            raise InvalidRequest(
+                f"cache_control.ttl must be a time like 5m, 1h or 90s, {MAX_TTL_S // 3600}h at most, "
+                f"got {_shown(self.ttl)}",
+                param="cache_control.ttl",
+            )
+        return seconds
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 
 class Generation(BaseModel):
@@ -62,6 +90,9 @@ class Generation(BaseModel):
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_control: CacheControl | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    user: str | None = None
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
@@ -161,6 +192,8 @@ def parse_completion(body: bytes) -> CompletionRequest:
         raise InvalidRequest("prompt must not be empty", param="prompt")
     if len(prompts) * request.choices > MAX_CHOICES:
         raise InvalidRequest(f"prompts times n may be {MAX_CHOICES} at most", param="n")
+    if request.cache_control is not None and len(prompts) > 1:
+        raise InvalidRequest("cache_control takes one prompt per request", param="cache_control")
     if request.best_of is not None and request.best_of > request.choices:
         raise InvalidRequest("best_of larger than n is not supported", param="best_of")
     if request.suffix:
@@ -178,6 +211,8 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         if first["type"] == "json_invalid":
             raise InvalidRequest(f"the body is no valid JSON: {first['msg']}") from None
         param = _param(first["loc"], kind)
+        if first["type"] == "extra_forbidden":  # no known name, but the one that the client wrote
+            param = f"{_param(first['loc'][:-1], kind)}.{str(first['loc'][-1])[:MAX_NAME]}"
         text = first["msg"][0].lower() + first["msg"][1:]
         if first["type"] != "missing":
             text += f", got {_shown(first['input'])}"
@@ -196,6 +231,8 @@ def _check_common(request: Generation) -> None:
         raise InvalidRequest("stop strings must not be empty", param="stop")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    if request.cache_control is not None:
+        request.cache_control.ttl_s()
 
 
 def _text_of(message: Message, path: str) -> str | None:
@@ -218,7 +255,8 @@ def _text_of(message: Message, path: str) -> str | None:
 
 def _param(location: tuple[int | str, ...], kind: type[BaseModel]) -> str:
     """('messages', 0, 'role') -> messages[0].role; pydantic's names of union members are cut off."""
-    known = kind.model_fields.keys() | Message.model_fields.keys() | StreamOptions.model_fields.keys()
+    parts = (kind, Message, StreamOptions, CacheControl)
+    known = {name for part in parts for name in part.model_fields}
     text = ""
     for part in location:
         if isinstance(part, int):

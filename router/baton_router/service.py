@@ -11,12 +11,14 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from baton_common.clock import Clock, SystemClock
 from baton_common.errors import Draining, InvalidRequest, Overloaded
 from baton_common.kube.credentials import Credentials
+from baton_common.telemetry import UNRECORDED, Span, open_tracing
 from baton_proto import worker_pb2 as wire
 from baton_router.call import Call, CallInfo
 from baton_router.checkpoint import Checkpoint
@@ -31,17 +33,29 @@ from baton_router.metrics import UNKNOWN_ROLE, RouterMetrics
 from baton_router.output import ChoiceOutput
 from baton_router.sampling import ModelLimits, chat_sampling, completion_sampling, for_choice
 from baton_router.schema import ChatRequest, CompletionRequest, Generation, parse_chat, parse_completion
+from baton_router.sessions import keep_of
 from baton_router.tokens import Prompt, PromptMaker
+
+LAST_SPANS_S = 2.0
+"""How long the end waits for a collector to take them."""
 
 
 class ModelNotFound(InvalidRequest):
     """The client asked for a model this endpoint does not serve."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who asks: the tenant of the key ("" = the endpoint is open), and the span of the question."""
+
+    tenant: str = ""
+    span: Span = UNRECORDED
+
+
 class Router:
     """Everything between HTTP and the workers. Use on one event loop: `start`, calls, `stop`.
 
-    Making one raises ConfigError when the API keys cannot be read.
+    Making one raises ConfigError when the API keys cannot be read or `otlp_endpoint` is no address.
     """
 
     def __init__(
@@ -64,6 +78,9 @@ class Router:
         self.fleet = Fleet(config.workers, clock)
         self.vocabulary = Vocabulary(checkpoint.tokenizer)
         self.departure = Departure(config.drain_s, clock)
+        self.tracing = open_tracing(
+            config.otlp_endpoint, service="baton-router", instance=self.fleet.router_id, clock=clock
+        )
         self._prompts = PromptMaker(checkpoint)
         self._seed = seed
         self._inflight: set[Call] = set()
@@ -89,6 +106,7 @@ class Router:
                 await self._following
         await self.fleet.stop()
         self._prompts.close()
+        await asyncio.to_thread(self.tracing.close, LAST_SPANS_S)
 
     @property
     def open_answers(self) -> int:
@@ -96,26 +114,33 @@ class Router:
 
     # ---- requests
 
-    async def chat(self, body: bytes, traceparent: str = "") -> Call:
+    async def chat(self, body: bytes, asker: Asker) -> Call:
         """Raises BatonError; otherwise a call that is ready to start."""
         arrival_s = asyncio.get_running_loop().time()
         request = parse_chat(body)
         self._admit(request)
         prompt = await self._prompts.in_thread(partial(self._chat_prompt, request))
+        keep = await self._keep(request, prompt, asker)
         sampling = chat_sampling(request, prompt_tokens=len(prompt.ids), limits=self._limits(), seed=self._seed())
-        return self._call(request, [prompt], [sampling], arrival_s, traceparent)
+        return self._call(request, [prompt], [sampling], arrival_s, asker, keep)
 
-    async def completion(self, body: bytes, traceparent: str = "") -> Call:
+    async def completion(self, body: bytes, asker: Asker) -> Call:
         """Raises BatonError; otherwise a call that is ready to start."""
         arrival_s = asyncio.get_running_loop().time()
         request = parse_completion(body)
         self._admit(request)
         prompts = await self._prompts.in_thread(partial(self._completion_prompts, request))
+        keep = await self._keep(request, prompts[0], asker)
         limits, seed = self._limits(), self._seed()
         samplings = [
             completion_sampling(request, prompt_tokens=len(prompt.ids), limits=limits, seed=seed) for prompt in prompts
         ]
-        return self._call(request, prompts, samplings, arrival_s, traceparent)
+        return self._call(request, prompts, samplings, arrival_s, asker, keep)
+
+    async def _keep(self, request: Generation, prompt: Prompt, asker: Asker) -> wire.KvKeep | None:
+        if request.cache_control is None:
+            return None
+        return await self._prompts.in_thread(partial(keep_of, request, request.cache_control, prompt, asker.tenant))
 
     def _admit(self, request: Generation) -> None:
         if request.model != self.model:
@@ -129,6 +154,13 @@ class Router:
             raise Overloaded(
                 f"{self.config.max_inflight} requests are in flight already; try again later", retry_after_ms=1000
             )
+
+    def end_session(self, session: str, tenant: str) -> int:
+        """Nothing of it is kept any more where a worker is connected; returns how many were told. Idempotent."""
+        links = self.fleet.registered()
+        for link in links:
+            link.end_session(session, tenant)
+        return len(links)
 
     def _limits(self) -> ModelLimits:
         return ModelLimits(
@@ -174,9 +206,10 @@ class Router:
         prompts: list[Prompt],
         samplings: list[wire.Sampling],
         arrival_s: float,
-        traceparent: str,
+        asker: Asker,
+        keep: wire.KvKeep | None,
     ) -> Call:
-        info = self._info(request, prompts, samplings[0])
+        info = self._info(request, prompts, samplings[0], keep)
         deadline_s = arrival_s + self.config.request_timeout_s
         call = Call(info, self.fleet, self.metrics, deadline_s, self._closed)
         for group, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
@@ -193,7 +226,8 @@ class Router:
                         resume_wait_s=self.config.resume_wait_s,
                         local_below_tokens=self.config.local_below_tokens,
                         priority=request.priority or 0,
-                        traceparent=traceparent,
+                        span=asker.span,
+                        keep=keep if index == 0 else None,  # the choices share the prompt; one answer is gone on from
                     )
                 )
                 outputs.append(self._output(request, index, prompt, call, arrival_s))
@@ -204,7 +238,11 @@ class Router:
         return call
 
     def _info(
-        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], sampling: wire.Sampling
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        sampling: wire.Sampling,
+        keep: wire.KvKeep | None,
     ) -> CallInfo:
         chat = isinstance(request, ChatRequest)
         return CallInfo(
@@ -217,6 +255,7 @@ class Router:
             include_usage=request.include_usage,
             logprobs=sampling.logprobs,
             top_logprobs=sampling.top_logprobs,
+            session=keep.session if keep is not None else "",
         )
 
     def _output(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from urllib.parse import quote
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -109,8 +110,11 @@ class Answer(Response):
 
     async def _begin(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._begun = True
-        request_id = (b"x-request-id", self._call.info.call_id.encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, request_id]})
+        info = self._call.info
+        headers = [*headers, (b"x-request-id", info.call_id.encode())]
+        if info.session:
+            headers.append((b"x-baton-session", quote(info.session, safe="").encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _broken(self, error: BatonError, send: Send, chunk: bytes = b"") -> int:
         """Before the first byte: an error answer. After it: an error event, and the stream is over."""

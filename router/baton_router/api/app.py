@@ -12,13 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from baton_common.errors import BatonError, ErrorKind, InvalidRequest
+from baton_common.telemetry import UNRECORDED
 from baton_router.api.answer import Answer
 from baton_router.api.errors import Unauthorized, error_response
 from baton_router.api.goodbye import Goodbye
+from baton_router.api.spans import end_span, request_span
 from baton_router.call import Call
 from baton_router.responses import Writer
 from baton_router.schema import ChatRequest, CompletionRequest, describe
-from baton_router.service import ModelNotFound, Router, model_card
+from baton_router.service import Asker, ModelNotFound, Router, model_card
 
 log = logging.getLogger("baton.router.api")
 
@@ -34,27 +36,32 @@ def create_app(router: Router) -> FastAPI:
     app.add_middleware(Goodbye, departure=router.departure)
     _generation_routes(app, router)
     _model_routes(app, router)
+    _session_routes(app, router)
     _operation_routes(app, router)
     return app
 
 
 def _generation_routes(app: FastAPI, router: Router) -> None:
-    async def answer(request: Request, endpoint: str, accept: Callable[[bytes, str], Awaitable[Call]]) -> Response:
+    async def answer(request: Request, endpoint: str, accept: Callable[[bytes, Asker], Awaitable[Call]]) -> Response:
         arrival_s = asyncio.get_running_loop().time()
+        span = UNRECORDED
 
-        def counted(status: int) -> None:
+        def counted(status: int, call: Call | None = None) -> None:
             router.metrics.requests.labels(endpoint, str(status)).inc()
+            end_span(span, status, call)
 
         try:
-            _check_key(router, request)
-            call = await accept(await _body(request), request.headers.get("traceparent", ""))
+            tenant = _tenant(router, request)
+            span = request_span(router.tracing, endpoint, request, router.model)  # who has no key leaves no span
+            call = await accept(await _body(request), Asker(tenant=tenant, span=span))
         except BatonError as error:
             response = error_response(error)
         except Exception:
             log.exception("%s failed", endpoint)
             response = error_response(BatonError("internal error of the router; its log has the details"))
         else:
-            return Answer(call, Writer(call, router.vocabulary), router.metrics, arrival_s, counted)
+            writer = Writer(call, router.vocabulary)
+            return Answer(call, writer, router.metrics, arrival_s, lambda status: counted(status, call))
         counted(response.status_code)
         return response
 
@@ -71,7 +78,7 @@ def _model_routes(app: FastAPI, router: Router) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         try:
-            _check_key(router, request)
+            _tenant(router, request)
         except BatonError as error:
             return error_response(error)
         return _json({"object": "list", "data": [model_card(router)]})
@@ -79,12 +86,26 @@ def _model_routes(app: FastAPI, router: Router) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
         try:
-            _check_key(router, request)
+            _tenant(router, request)
             if name != router.model:
                 raise ModelNotFound(f"the model {name!r} does not exist; this is {router.model!r}", param="model")
         except BatonError as error:
             return error_response(error)
         return _json(model_card(router))
+
+
+def _session_routes(app: FastAPI, router: Router) -> None:
+    @app.delete("/v1/sessions/{name:path}")
+    async def end_session(request: Request, name: str) -> Response:
+        """`workers`: how many were told. One that is not connected now forgets the session when its time is over."""
+        try:
+            workers = router.end_session(name, _tenant(router, request))
+        except BatonError as error:
+            response = error_response(error)
+        else:
+            response = _json({"id": name, "object": "session.deleted", "deleted": True, "workers": workers})
+        router.metrics.requests.labels("sessions", str(response.status_code)).inc()
+        return response
 
 
 def _operation_routes(app: FastAPI, router: Router) -> None:
@@ -123,14 +144,17 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _check_key(router: Router, request: Request) -> None:
+def _tenant(router: Router, request: Request) -> str:
+    """Whose key it is, "" where none is needed. Raises Unauthorized."""
     if not router.keys.needed:
-        return
+        return ""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # header bytes come decoded as latin-1; keys are UTF-8
     key = given.strip().encode("latin-1").decode("utf-8", "surrogateescape")
-    if scheme.lower() != "bearer" or router.keys.tenant(key) is None:
+    tenant = router.keys.tenant(key) if scheme.lower() == "bearer" else None
+    if tenant is None:
         raise Unauthorized("wrong or missing API key; send it as `Authorization: Bearer KEY`")
+    return tenant
 
 
 def _json(content: object, ok: bool = True) -> Response:
