@@ -73,7 +73,7 @@ class Tiers:
     disk_class: str = ""       # StorageClass of a volume per pod; empty = the node's own disk
     mooncake_master: str = ""  # host:port
     mooncake_bytes: int = 0    # memory lent to the store
-    session_bytes: int = 0     # quota of one tenant
+    session_bytes: int = 0     # quota of one tenant; 0 = the workers' default
 
     @property
     def mooncake_port(self) -> int:

@@ -71,7 +71,9 @@ def tiers_text(tiers: Tiers, folder: str) -> str:
 def _size(size_bytes: int) -> str:
     """Rounded up to what can be read."""
     mib = -(-size_bytes // _MIB)
-    return f"{mib // 1024}GiB" if mib and mib % 1024 == 0 else f"{mib}MiB"
+    if mib == 0:
+        return "0"
+    return f"{mib}MiB" if mib % 1024 else f"{mib // 1024}GiB"
 
 
 def router_command(plan: Blueprint) -> list[str]:
