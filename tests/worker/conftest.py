@@ -117,7 +117,7 @@ async def running_worker(
     desk = Desk(engine=engine, role=role, hello=hello, clock=clock)
     outbox.open(desk.deliver)
     engine.start()
-    await service.serve(Parts(engine=engine, role=role, desk=desk, hello=hello, peers=_no_peers))
+    await service.serve(Parts(engine=engine, role=role, desk=desk, hello=hello, peers=_no_peers, tiers=list))
     try:
         yield Bench(service, desk, engine, role, endpoint, f"{host}:{port}")
     finally:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from baton_common.errors import BatonError, ErrorKind, Incompatible, InvalidRequest
 from baton_common.hashing import tokens_from_bytes
 from baton_common.ids import PageHash, RequestId
-from baton_engine.request import FinishReason, Mode, Request, SamplingParams
+from baton_engine.request import FinishReason, Keep, Mode, Request, SamplingParams
 from baton_engine.role import TokenLogprobs, TokenOut
 from baton_proto import common_pb2, worker_pb2
 
@@ -50,7 +50,14 @@ def request_from(submit: worker_pb2.Submit, *, request_id: RequestId, now_s: flo
         priority=submit.priority,
         cache_salt=submit.cache_salt,
         local_below_tokens=submit.local_below_tokens,
+        keep=_keep(submit.keep) if submit.HasField("keep") else None,
     )
+
+
+def _keep(message: worker_pb2.KvKeep) -> Keep:
+    if not message.session:
+        raise InvalidRequest("a session that is kept needs a name", param="keep")
+    return Keep(session=message.session, ttl_s=message.ttl_ms / 1000, tenant=message.tenant)
 
 
 def sampling_from(message: worker_pb2.Sampling) -> SamplingParams:

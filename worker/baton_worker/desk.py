@@ -18,6 +18,7 @@ from baton_proto import worker_pb2
 from baton_worker import convert
 from baton_worker.outbox import Ended, Event, KvChanged, Reserved, StepTokens
 from baton_worker.ports import EnginePort, WorkerRole
+from baton_worker.storage import Storage
 from baton_worker.stream import RouterStream
 
 log = logging.getLogger("baton.worker")
@@ -39,8 +40,17 @@ class _Entry:
 class Desk:
     """Takes what routers say to the engine and what the engine says to the routers."""
 
-    def __init__(self, *, engine: EnginePort, role: WorkerRole, hello: worker_pb2.WorkerHello, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        engine: EnginePort,
+        role: WorkerRole,
+        hello: worker_pb2.WorkerHello,
+        clock: Clock,
+        storage: Storage | None = None,
+    ) -> None:
         self._engine = engine
+        self._storage = storage
         self._role = role
         self._hello = hello
         self._clock = clock
@@ -81,6 +91,9 @@ class Desk:
             self._abort(stream, message.abort)
         elif kind == "kv_snapshot":
             stream.send_kv(convert.kv_changes(tuple(self._cached), (), snapshot=True))
+        elif kind == "session_end":
+            if self._storage is not None:  # else nothing was kept
+                self._storage.end_session(message.session_end.tenant, message.session_end.session)
         else:
             raise ProtocolViolation(f"unexpected message {kind or 'of an unknown kind'}")
 

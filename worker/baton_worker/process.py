@@ -31,16 +31,19 @@ from baton_engine.exec.device import Device, open_device
 from baton_engine.models.kernels import parse_force
 from baton_engine.models.loader import LoadedModel, load_model
 from baton_kvtransfer import KvEndpoint, PeerInfo, TransferConfig, TransferMetrics
+from baton_kvtransfer.blocks import Blocks, HostBlocks
 from baton_proto import common_pb2, worker_pb2
 from baton_worker import crash
 from baton_worker.blocks import blocks_for
-from baton_worker.config import WorkerConfig
+from baton_worker.config import WorkerConfig, split_address
 from baton_worker.convert import PROTOCOL_VERSION
 from baton_worker.desk import Desk
 from baton_worker.outbox import Outbox
 from baton_worker.ports import WorkerRole
 from baton_worker.service import Parts, WorkerService
 from baton_worker.state import EngineMetrics
+from baton_worker.storage import Storage, open_storage
+from baton_worker.tiering import parse_tiers
 
 log = logging.getLogger("baton.worker")
 
@@ -127,6 +130,7 @@ class _House:
     device: Device
     engine: Engine
     endpoint: KvEndpoint | None
+    storage: Storage | None
     role: WorkerRole
     hello: worker_pb2.WorkerHello
 
@@ -135,6 +139,8 @@ class _House:
         self.engine.stop()
         if self.endpoint is not None:
             self.endpoint.close()
+        if self.storage is not None:
+            self.storage.close()
         self.device.close()
 
 
@@ -168,11 +174,18 @@ class _Process:
         except BatonError as error:
             await service.close()
             raise ConfigError(str(error), param=error.param) from None
-        desk = Desk(engine=house.engine, role=house.role, hello=house.hello, clock=self._clock)
+        desk = Desk(engine=house.engine, role=house.role, hello=house.hello, clock=self._clock, storage=house.storage)
         outbox.open(desk.deliver)
         house.engine.start()
         await service.serve(
-            Parts(engine=house.engine, role=house.role, desk=desk, hello=house.hello, peers=_peers(house.endpoint))
+            Parts(
+                engine=house.engine,
+                role=house.role,
+                desk=desk,
+                hello=house.hello,
+                peers=_peers(house.endpoint),
+                tiers=_tiers(house.storage),
+            )
         )
         library = house.device.library
         self._registry.register(EngineMetrics(house.engine.stats, house.role.handoffs, lambda: library.fallbacks))
@@ -207,6 +220,7 @@ class _Process:
 
         engine = Engine(model, config, device, role, self._clock, on_crash)
         compat = _compat(model, engine)
+        blocks = blocks_for(device, engine.pool)
         endpoint, peer_address = None, ""
         if kind.peers:
             endpoint = KvEndpoint(
@@ -219,10 +233,11 @@ class _Process:
                 clock=self._clock,
                 events=role.inbound,
                 metrics=TransferMetrics(self._registry),
-                blocks=blocks_for(device, engine.pool),
+                blocks=blocks,
             )
             peer_address = endpoint.start()
-        role.bind(engine=engine, endpoint=endpoint, compat=compat)
+        storage = self._open_storage(engine, blocks, compat)
+        role.bind(engine=engine, endpoint=endpoint, compat=compat, storage=storage)
         hello = worker_pb2.WorkerHello(
             protocol_version=PROTOCOL_VERSION,
             worker_id=worker_id,
@@ -234,7 +249,20 @@ class _Process:
             hash_root=engine.hash_root,
             peer_address=peer_address,
         )
-        return _House(device=device, engine=engine, endpoint=endpoint, role=role, hello=hello)
+        return _House(device=device, engine=engine, endpoint=endpoint, storage=storage, role=role, hello=hello)
+
+    def _open_storage(self, engine: Engine, blocks: Blocks | None, compat: common_pb2.Compat) -> Storage | None:
+        transfer, pool = self._settings.transfer, engine.pool
+        return open_storage(
+            parse_tiers(self._settings.worker.tiers),
+            compat=compat,
+            layout=pool.layout,
+            pool_pages=len(pool.tensor),
+            blocks=blocks or HostBlocks(pool.tensor, pool.layout),
+            host=transfer.advertise or split_address(transfer.listen, "peer-listen")[0],
+            clock=self._clock,
+            registry=self._registry,
+        )
 
     def _open_metrics(self, host: str) -> None:
         port = self._settings.worker.metrics_port
@@ -299,6 +327,10 @@ def _peers(endpoint: KvEndpoint | None) -> Callable[[], Sequence[worker_pb2.Peer
         return [] if endpoint is None else [_peer_status(peer) for peer in endpoint.peers()]
 
     return status
+
+
+def _tiers(storage: Storage | None) -> Callable[[], Sequence[worker_pb2.TierStatus]]:
+    return list if storage is None else storage.status
 
 
 def _peer_status(peer: PeerInfo) -> worker_pb2.PeerStatus:

@@ -57,6 +57,7 @@ class Parts:
     desk: Desk
     hello: worker_pb2.WorkerHello
     peers: Callable[[], Sequence[worker_pb2.PeerStatus]]
+    tiers: Callable[[], Sequence[worker_pb2.TierStatus]]
 
 
 class _Context(Protocol):
@@ -184,6 +185,7 @@ class WorkerService:
             pages=page_counts(parts.engine.stats()),
             peers=parts.peers(),
             resident_bytes=resident_bytes(),
+            tiers=parts.tiers(),
         )
 
     async def drain_progress(self, grace_s: float) -> AsyncIterator[worker_pb2.StatusReply]:

@@ -35,6 +35,7 @@ from baton_kvtransfer.tiers import (
 from baton_proto import common_pb2, worker_pb2
 from baton_worker.filling import Done, Filling
 from baton_worker.ports import DoneFence
+from baton_worker.tiering import check_folder
 
 PREFETCH_S = 0.5
 """Most that a prompt waits for pages on their way into host memory; what is there by then is used. One constant: tiers
@@ -161,11 +162,14 @@ def open_storage(
 ) -> Storage | None:
     """What `--tiers` asks for; None = nothing. `blocks`: of the engine's pool. `host`: where other machines reach this.
 
-    Raises ConfigError when the host memory is too small, and WireError when a library is missing.
+    Raises ConfigError when the host memory is too small or the folder cannot be used, WireError when a library is
+    missing.
     """
     # besides tokens and format, KV depends on how it was computed
     made_by = (compat.model_digest, str(compat.weights_epoch), compat.compute_dtype, compat.rope)
     namespace = Namespace(model_digest="\x00".join(made_by), layout=layout, ranks=compat.tp_size)
+    if config.folder:
+        check_folder(config.folder)
     config = replace(config, queue_pages=max(config.queue_pages, pool_pages // _WAITING_PART))
     metrics = TierMetrics(registry)
     try:

@@ -53,6 +53,10 @@ def load() -> Callable[[], Any]:
     return store
 
 
+def is_loaded() -> bool:
+    return MODULE in sys.modules
+
+
 class MooncakeTier:
     name = "mooncake"
 
