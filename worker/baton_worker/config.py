@@ -45,6 +45,9 @@ class WorkerConfig:
         float, Field(gt=0, description="a router that takes no message for so many seconds loses its stream")
     ] = 30.0
     dump_dir: Annotated[str, Field(description="folder of crash dumps; empty = the working folder")] = ""
+    otlp_endpoint: Annotated[
+        str, Field(description="OTLP/HTTP collector of spans, http://host:4318; empty = no spans")
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="least severe log records to write")
     ] = "info"

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton_common.clock import Clock
 from baton_common.errors import Aborted, BatonError, Draining
 from baton_common.ids import PageHash, RequestId
+from baton_engine.request import Request
 from baton_proto import worker_pb2
 from baton_worker import convert
-from baton_worker.outbox import Ended, Event, KvChanged, Reserved, StepTokens
+from baton_worker.outbox import Ended, Event, KvChanged, KvMoved, Reserved, StepTokens
 from baton_worker.ports import EnginePort, WorkerRole
+from baton_worker.spans import RequestSpans
 from baton_worker.storage import Storage
 from baton_worker.stream import RouterStream
 
@@ -34,6 +36,9 @@ class _Entry:
 
     stream: RouterStream | None  # None: nobody listens any more
     handle: int
+    request: Request  # the engine's, until Ended
+    traceparent: str
+    moves: list[KvMoved] = field(default_factory=list)
     told_last: bool = False  # the router has its finish
 
 
@@ -48,9 +53,11 @@ class Desk:
         hello: worker_pb2.WorkerHello,
         clock: Clock,
         storage: Storage | None = None,
+        spans: RequestSpans | None = None,
     ) -> None:
         self._engine = engine
         self._storage = storage
+        self._spans = spans or RequestSpans()
         self._role = role
         self._hello = hello
         self._clock = clock
@@ -110,7 +117,9 @@ class Desk:
             stream.send(convert.failed_message(submit.handle, error))
             return
         stream.handles[submit.handle] = request_id
-        self._entries[request_id] = _Entry(stream=stream, handle=submit.handle)
+        self._entries[request_id] = _Entry(
+            stream=stream, handle=submit.handle, request=request, traceparent=submit.traceparent
+        )
         self._engine.submit(request)
 
     def _abort(self, stream: RouterStream, abort: worker_pb2.Abort) -> None:
@@ -143,6 +152,8 @@ class Desk:
                     self._ended(event)
                 case KvChanged():
                     self._kv_changed(event)
+                case KvMoved():
+                    self._kv_moved(event)
 
     def _tokens(self, event: StepTokens) -> None:
         by_stream: dict[int, tuple[RouterStream, list[convert.HandleToken]]] = {}
@@ -173,11 +184,18 @@ class Desk:
 
     def _ended(self, event: Ended) -> None:
         entry = self._entries.pop(event.request_id, None)
-        if entry is None or entry.stream is None:
+        if entry is None:
             return
-        entry.stream.handles.pop(entry.handle, None)
-        if event.error is not None and not entry.told_last:
-            entry.stream.send(convert.failed_message(entry.handle, event.error))
+        if entry.stream is not None:
+            entry.stream.handles.pop(entry.handle, None)
+            if event.error is not None and not entry.told_last:
+                entry.stream.send(convert.failed_message(entry.handle, event.error))
+        self._spans.tell(entry.request, parent=entry.traceparent, moves=entry.moves, error=event.error)
+
+    def _kv_moved(self, event: KvMoved) -> None:
+        entry = self._entries.get(event.request_id)
+        if entry is not None:
+            entry.moves.append(event)
 
     def _kv_changed(self, event: KvChanged) -> None:
         self._cached.update(event.stored)

@@ -10,10 +10,12 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from baton_common.errors import BatonError
 from baton_common.ids import PageHash, RequestId, TransferId
 from baton_engine.role import TokenOut
+from baton_kvtransfer.records import Receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,17 @@ class KvChanged:
     removed: tuple[PageHash, ...]
 
 
-Event = StepTokens | Reserved | Ended | KvChanged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvMoved:
+    """KV of the request crossed between two workers. For its spans; before its Ended."""
+
+    request_id: RequestId
+    what: Literal["handoff", "pull"]
+    sent: bool  # else received
+    receipt: Receipt
+
+
+Event = StepTokens | Reserved | Ended | KvChanged | KvMoved
 
 
 class Outbox:
@@ -62,14 +74,17 @@ class Outbox:
         self._deliver: Callable[[Sequence[Event]], None] | None = None
         self._lock = threading.Lock()
         self._events: list[Event] = []
+        self._waking = False
         self._closed = False
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Event, *, wake: bool = True) -> None:
+        """`wake` False: it may wait for whatever comes next."""
         with self._lock:
             if self._closed:
                 return
             self._events.append(event)
-            if len(self._events) == 1:  # otherwise a wake-up is on its way; under the lock, so that `close` is a fence
+            if wake and not self._waking:  # under the lock, so that `close` is a fence
+                self._waking = True
                 self._loop.call_soon_threadsafe(self._drain)
 
     def open(self, deliver: Callable[[Sequence[Event]], None]) -> None:
@@ -88,5 +103,6 @@ class Outbox:
             return
         with self._lock:
             events, self._events = self._events, []
+            self._waking = False
         if events:
             self._deliver(events)

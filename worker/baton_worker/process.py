@@ -25,6 +25,7 @@ from baton_common.checkpoint import resolve_checkpoint
 from baton_common.clock import Clock, SystemClock
 from baton_common.errors import BatonError, ConfigError
 from baton_common.settings import parse_command_line
+from baton_common.telemetry import OFF, open_tracing
 from baton_engine.config import EngineConfig
 from baton_engine.engine import Engine
 from baton_engine.exec.device import Device, open_device
@@ -41,12 +42,15 @@ from baton_worker.desk import Desk
 from baton_worker.outbox import Outbox
 from baton_worker.ports import WorkerRole
 from baton_worker.service import Parts, WorkerService
+from baton_worker.spans import RequestSpans
 from baton_worker.state import EngineMetrics
 from baton_worker.storage import Storage, open_storage
 from baton_worker.tiering import parse_tiers
 
 log = logging.getLogger("baton.worker")
 
+LAST_SPANS_S = 2.0
+"""How long the end waits for a collector to take them."""
 SECTIONS: Mapping[str, type] = {"worker": WorkerConfig, "engine": EngineConfig, "transfer": TransferConfig}
 FLAG_NAMES = {("transfer", "listen"): "peer-listen", ("transfer", "advertise"): "peer-advertise"}
 
@@ -57,6 +61,7 @@ class RoleSetting:
 
     outbox: Outbox
     incarnation: str
+    clock: Clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +158,7 @@ class _Process:
         self._clock: Clock = SystemClock()
         self._incarnation = uuid.uuid4().hex[:12]
         self._registry = CollectorRegistry()
+        self._tracing = OFF
         self._stop = asyncio.Event()
         self._serving = False
         self._crash: tuple[BaseException, Mapping[str, object]] | None = None
@@ -169,12 +175,25 @@ class _Process:
         address = f"{host}:{port}"
         worker_id = self._settings.worker.worker_id or address
         try:
+            self._tracing = open_tracing(
+                self._settings.worker.otlp_endpoint,
+                service=self._program.name,
+                instance=worker_id,
+                clock=self._clock,
+            )
             self._open_metrics(host)
             house = await asyncio.to_thread(self._build, outbox, worker_id, loop)
         except BatonError as error:
             await service.close()
             raise ConfigError(str(error), param=error.param) from None
-        desk = Desk(engine=house.engine, role=house.role, hello=house.hello, clock=self._clock, storage=house.storage)
+        desk = Desk(
+            engine=house.engine,
+            role=house.role,
+            hello=house.hello,
+            clock=self._clock,
+            storage=house.storage,
+            spans=RequestSpans(self._tracing),
+        )
         outbox.open(desk.deliver)
         house.engine.start()
         await service.serve(
@@ -199,6 +218,7 @@ class _Process:
         await asyncio.to_thread(house.close)
         await service.close()
         outbox.close()
+        await asyncio.to_thread(self._tracing.close, LAST_SPANS_S)
         log.info("stopped")
         return 0
 
@@ -213,7 +233,7 @@ class _Process:
             kv_dtype=config.kv_dtype,
             page_tokens=config.page_tokens,
         )
-        role = kind.make(RoleSetting(outbox=outbox, incarnation=self._incarnation))
+        role = kind.make(RoleSetting(outbox=outbox, incarnation=self._incarnation, clock=self._clock))
 
         def on_crash(error: BaseException, dump: Mapping[str, object]) -> None:
             loop.call_soon_threadsafe(self._on_crash, error, dump)
@@ -299,6 +319,7 @@ class _Process:
         except OSError as problem:
             log.error("no crash dump: the folder cannot be written", extra={"folder": str(folder), "why": str(problem)})
         await service.crashed(BatonError("the worker crashed; its log and crash dump say more"))
+        await asyncio.to_thread(self._tracing.close, LAST_SPANS_S)
         logging.shutdown()
         os._exit(1)  # device and transfer threads may hang on whatever broke the engine
         return 1
