@@ -22,6 +22,7 @@ from baton_common.errors import BatonError, Draining, ErrorKind, InvalidRequest
 from baton_common.hashing import chain_root
 from baton_common.ids import PageHash, RequestId
 from baton_engine.config import EngineConfig
+from baton_engine.delivery import Delivery
 from baton_engine.dump import crash_dump
 from baton_engine.exec.device import Device
 from baton_engine.exec.pool import KvPool
@@ -29,9 +30,8 @@ from baton_engine.exec.runner import STEP_TIMEOUT_S, Runner, StepHandle
 from baton_engine.exec.sampler import validate
 from baton_engine.exec.sizing import kv_pages
 from baton_engine.models.loader import LoadedModel
-from baton_engine.request import Mode, Phase, Request
+from baton_engine.request import Phase, Request
 from baton_engine.role import Role, TokenLogprobs
-from baton_engine.sched import records
 from baton_engine.sched.config import SchedulerConfig
 from baton_engine.sched.scheduler import Scheduler
 from baton_engine.stats import EngineStats, StatsKeeper
@@ -110,15 +110,12 @@ class Engine:
         self._submitted = 0
         self._thread = threading.Thread(target=self._run, name="baton-engine", daemon=True)
         # Engine thread only, from here on.
-        self._live: dict[RequestId, Request] = {}
-        self._announced: dict[RequestId, Request] = {}  # the role knows their pages: release_kv is due
+        self._delivery = Delivery(role, self._scheduler, clock)
         self._in_flight: StepHandle | None = None
         self._last_plan: StepPlan | None = None
-        self._ended = 0
         self._stop_at_s: float | None = None
         self._checked_idle = True
         self._stats = StatsKeeper(self._scheduler.load())
-        self._hooks = self._hook_table()
 
     # ---- any thread -----------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -184,12 +181,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """The state after the last iteration; cheap, no lock on the engine. `empty` is exact."""
         with self._door:
-            empty = self._submitted == self._ended
+            empty = self._submitted == self._delivery.ended
         return self._stats.snapshot(empty=empty)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
+            if self._role.wants_pages():
+                self._scheduler.tell_pages()
             with torch.inference_mode():
                 while self._iterate():
                     pass
@@ -203,8 +202,8 @@ class Engine:
         self._take_events(0.0)
         now_s = self._clock.now()
         scheduler.retire(now_s)
-        plan = scheduler.plan(now_s)
-        self._deliver()
+        plan = scheduler.plan(now_s, unsent_tokens=self._delivery.unsent_tokens())
+        self._delivery.deliver()
         previous, self._in_flight = self._in_flight, None if plan is None else self._launch(plan)
         if previous is not None:
             self._collect(previous)
@@ -215,11 +214,7 @@ class Engine:
     def _launch(self, plan: StepPlan) -> StepHandle:
         self._last_plan = plan
         self._checked_idle = False
-        announced = self._announced
-        sends = bool(announced) and any(
-            item.request_id in announced and announced[item.request_id].mode is Mode.PREFILL for item in plan.work
-        )
-        handle = self._runner.launch(plan, self._role.on_layers if sends else None)
+        handle = self._runner.launch(plan, self._role.on_layers if self._delivery.sends(plan) else None)
         self._scheduler.launched(plan.number, handle.fence)
         return handle
 
@@ -227,7 +222,7 @@ class Engine:
         result = handle.collect()
         now_s = self._clock.now()
         self._scheduler.collect(result.number, result.tokens, result.logprobs, now_s)
-        self._deliver()
+        self._delivery.deliver()
         self._stats.stepped(handle.plan, result.elapsed_s)
         if self._stats.due(now_s):
             self._stats.refresh(self._scheduler.load(), now_s)
@@ -240,7 +235,7 @@ class Engine:
         if not self._checked_idle:
             self._scheduler.check()
             self._checked_idle = True
-        if self._stop_at_s is not None and (not self._live or now_s >= self._stop_at_s):
+        if self._stop_at_s is not None and (not self._delivery.live or now_s >= self._stop_at_s):
             return False
         sleep_s = self._scheduler.sleep_s(now_s)
         self._take_events(IDLE_WAIT_S if sleep_s is None else min(sleep_s, IDLE_WAIT_S))
@@ -256,11 +251,6 @@ class Engine:
         except Empty:
             pass
 
-    def _deliver(self) -> None:
-        while outcomes := self._scheduler.drain():
-            for outcome in outcomes:
-                self._hooks[type(outcome)](outcome)
-
     # ---- events ---------------------------------------------------------------------------------------------------
     def _admit(self, request: Request, now_s: float) -> None:
         try:
@@ -268,24 +258,23 @@ class Engine:
         except InvalidRequest as error:
             error.request_id = request.request_id
             _walk_out(request, now_s)
-            self._role.on_ended(request, error)
-            self._ended += 1
+            self._delivery.refuse(request, error)
             return
-        self._live[request.request_id] = request
+        self._delivery.live[request.request_id] = request
+        self._scheduler.name_pages(request)
+        request.fills = self._role.wants_fill(request)
         self._scheduler.submit(request, now_s)
         if self._stop_at_s is not None:
             self._scheduler.abort(request.request_id, Draining("the worker stops; retry elsewhere"), now_s)
 
     def _filled(self, request_id: RequestId, tokens: int, now_s: float) -> None:
-        request = self._announced.get(request_id)
-        if request is not None and request.phase is Phase.FILLING:
-            del self._announced[request_id]
+        self._delivery.filled(request_id)
         self._scheduler.kv_filled(request_id, tokens, now_s)
 
     def _check(self, request: Request) -> None:
         """What would break a tensor or a table; lengths and room are the scheduler's."""
         tokens = request.tokens
-        if request.request_id in self._live:
+        if request.request_id in self._delivery.live:
             raise InvalidRequest("a request with this id is running", param="request_id")
         if not 1 <= request.prompt_tokens <= len(tokens):
             raise InvalidRequest("the prompt is empty", param="prompt")
@@ -299,43 +288,6 @@ class Engine:
             self._stop_at_s = now_s + STOP_TIMEOUT_S
             self._scheduler.abort_all(Draining("the worker stops; retry elsewhere"), now_s)
 
-    # ---- hooks ----------------------------------------------------------------------------------------------------
-    def _hook_table(self) -> Mapping[type[records.Outcome], Callable[..., None]]:
-        role = self._role
-        return {
-            records.Tokens: lambda outcome: role.on_tokens(outcome.step, outcome.tokens),
-            records.Reserved: self._reserved,
-            records.TurnedLocal: lambda outcome: role.on_local(outcome.request),
-            records.PrefillAdmitted: self._prefill_admitted,
-            records.PrefillDone: lambda outcome: role.on_prefill_done(outcome.request, outcome.first),
-            records.KvRelease: self._release,
-            records.Preempted: _log_preempted,
-            records.KvEvents: self._kv_events,
-            records.Ended: self._end,
-        }
-
-    def _reserved(self, outcome: records.Reserved) -> None:
-        self._announced[outcome.request.request_id] = outcome.request
-        self._role.on_reserved(outcome.request, outcome.pages, outcome.first_missing_token)
-
-    def _prefill_admitted(self, outcome: records.PrefillAdmitted) -> None:
-        self._announced[outcome.request.request_id] = outcome.request
-        self._role.on_prefill_admitted(outcome.request, outcome.pages, outcome.computed_tokens)
-
-    def _release(self, outcome: records.KvRelease) -> None:
-        request = outcome.request
-        self._announced.pop(request.request_id, None)
-        fence = self._role.release_kv(request, outcome.error)
-        self._scheduler.kv_released(request.request_id, fence, self._clock.now())
-
-    def _kv_events(self, outcome: records.KvEvents) -> None:
-        self._role.on_kv_events(outcome.stored, outcome.removed)
-
-    def _end(self, outcome: records.Ended) -> None:
-        self._live.pop(outcome.request.request_id, None)
-        self._role.on_ended(outcome.request, outcome.error)
-        self._ended += 1
-
     # ---- the end --------------------------------------------------------------------------------------------------
     def _close(self, error: BatonError) -> None:
         """No submission is lost: what the inbox still holds is answered here, what comes later by `submit`."""
@@ -344,25 +296,15 @@ class Engine:
         while True:
             try:
                 self._inbox.get_nowait()(self._clock.now())
-                self._deliver()
+                self._delivery.deliver()
             except Empty:
                 break
-        for request in list(self._live.values()):
-            self._abandon(request, error)
-
-    def _abandon(self, request: Request, error: BatonError) -> None:
-        """The last word on a request whose pages nobody will ever free: this engine runs no more steps."""
-        if self._announced.pop(request.request_id, None) is not None:
-            with contextlib.suppress(Exception):
-                self._role.release_kv(request, error)
-        self._live.pop(request.request_id, None)
-        with contextlib.suppress(Exception):
-            self._role.on_ended(request, error)
-        self._ended += 1
+        for request in list(self._delivery.live.values()):
+            self._delivery.abandon(request, error)
 
     def _crash(self, cause: BaseException) -> None:
         """Every request gets a typed end, then the owner of the process hears of it."""
-        dump = crash_dump(cause, self._last_plan, self._live.values(), self._scheduler)
+        dump = crash_dump(cause, self._last_plan, self._delivery.live.values(), self._scheduler)
         _log.critical("the engine failed: %s: %s", type(cause).__name__, cause, exc_info=cause)
         error = BatonError(f"the worker failed ({type(cause).__name__}); retry elsewhere", kind=ErrorKind.INTERNAL)
         with self._door:
@@ -375,9 +317,9 @@ class Engine:
                 event = self._inbox.get_nowait()
                 if isinstance(event, partial) and event.func == self._admit:
                     request = event.args[0]
-                    self._live.setdefault(request.request_id, request)
-        for request in list(self._live.values()):
-            self._abandon(request, error)
+                    self._delivery.live.setdefault(request.request_id, request)
+        for request in list(self._delivery.live.values()):
+            self._delivery.abandon(request, error)
         self._on_crash(cause, dump)
 
 
@@ -385,12 +327,3 @@ def _walk_out(request: Request, now_s: float) -> None:
     """The phases of a request that the scheduler never saw."""
     for phase in (Phase.ABORTING, Phase.FENCING, Phase.FREED):
         request.advance(phase, now_s)
-
-
-def _log_preempted(outcome: records.Preempted) -> None:
-    request = outcome.request
-    _log.info(
-        "preempted", extra={
-            "request_id": request.request_id, "times": request.preemptions, "lost_tokens": outcome.lost_tokens,
-        },
-    )  # fmt: skip

@@ -29,11 +29,11 @@ class TokenOut:
     """One output token of one request."""
 
     request_id: RequestId
-    position: int                       # 0 = first output token of the request's whole life
+    position: int  # 0 = first output token of the request's whole life
     token_id: int
     finish: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
-    cached_tokens: int | None = None    # with the first token that this worker makes
+    cached_tokens: int | None = None  # with the first token that this worker makes
 
 
 class Fence(Protocol):
@@ -51,9 +51,7 @@ class Role(Protocol):
         on_fill follows (not when too many requests fill already: then everything missing is computed).
         """
 
-    def on_fill(
-        self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int
-    ) -> None:
+    def on_fill(self, request: Request, pages: Sequence[PageId], hashes: Sequence[PageHash], have_tokens: int) -> None:
         """FILLING: `pages` (the whole prompt's table) are leased, KV of [0, have_tokens) is in them.
 
         `hashes[i]` names the full page `pages[i]`: those may be filled; at least the last token is always computed.

@@ -28,6 +28,8 @@ class EngineStats:
     total_pages: int
     step_ms: float  # moving average of the device time of a step
     prefill_tokens_per_s: float  # moving average over steps that are mostly prefill
+    filling: int = 0  # requests that hold pages while KV of their prompt comes from elsewhere, or wait for a row then
+    unsent_tokens: int = 0  # KV that was announced and has not left; far ahead, no PREFILL request is admitted
     sending: int = 0  # requests whose KV is on its way to another worker
     preemptions: int = 0  # since start
 
@@ -66,6 +68,8 @@ class StatsKeeper:
             queued_tokens=load.queued_tokens,
             running=load.prefilling + load.running,
             reserved=load.reserved,
+            filling=load.filling,
+            unsent_tokens=load.unsent_tokens,
             sending=load.sending,
             preemptions=load.preemptions,
             free_pages=load.pages.free,

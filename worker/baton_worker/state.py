@@ -120,6 +120,8 @@ class EngineMetrics(Collector):
             ("baton_engine_queued_tokens", "Prompt tokens not computed yet", stats.queued_tokens),
             ("baton_engine_running_requests", "Requests that hold a row", stats.running),
             ("baton_engine_reserved_requests", "Requests that wait for their KV", stats.reserved),
+            ("baton_engine_filling_requests", "Requests whose KV may come from elsewhere", stats.filling),
+            ("baton_engine_unsent_tokens", "Tokens whose KV is computed but has not left", stats.unsent_tokens),
             ("baton_engine_sending_requests", "Requests whose KV is on the way", stats.sending),
             ("baton_engine_step_ms", "Moving average of a step, ms", stats.step_ms),
             ("baton_engine_prefill_tokens_per_s", "Moving average of prefill", stats.prefill_tokens_per_s),

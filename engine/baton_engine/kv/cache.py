@@ -40,6 +40,11 @@ class KvCache:
     def fencing(self) -> bool:
         return self._ledger.fencing
 
+    @property
+    def guarded(self) -> int:
+        """Cached pages that nobody can have until a fence is done."""
+        return self._ledger.fenced - self._ledger.counts().in_flight
+
     def counts(self) -> PageCounts:
         return self._ledger.counts()
 
@@ -75,8 +80,10 @@ class KvCache:
         lease.pages.extend(self._take(pages, lease.owner))
         return True
 
-    def commit(self, lease: Lease, hashes: Sequence[PageHash]) -> None:
+    def commit(self, lease: Lease, hashes: Sequence[PageHash]) -> list[PageId]:
         """KV of the pages that `hashes` name (the whole chain from the first page) is written: others may share them.
+
+        Returns the tree's pages for those hashes that were not committed before.
 
         table index         before                  after
         [0, committed)      in the tree, pinned     the same
@@ -94,6 +101,11 @@ class KvCache:
                 self._ledger.share([theirs], lease.owner)
                 lease.twins.append(theirs)
         lease.path.extend(fresh)
+        return kept
+
+    def guard(self, pages: Sequence[PageId], fence: Fence) -> None:
+        """Somebody reads these pages, leased or cached, until `fence` is done: they are not given to anybody else."""
+        self._ledger.guard(pages, fence)
 
     def release(self, lease: Lease, fences: Iterable[Fence]) -> None:
         """The owner lets go of everything.

@@ -119,6 +119,13 @@ class PageLedger:
             else:
                 self._settle(page)
 
+    def guard(self, pages: Sequence[PageId], fence: Fence) -> None:
+        """Pages that are leased or cached get one more fence: without an owner they cannot be had until it is done."""
+        for page in pages:
+            if not (self._owners[page] or self._in_tree[page]):
+                raise LeakError(f"page {page} is guarded, but nobody's: not leased, not in the tree")
+        self._attach(fence, pages)
+
     def enter_tree(self, page: PageId, owner: RequestId) -> None:
         """A leased page becomes part of the prefix tree; its owner keeps it."""
         if owner not in self._owners[page] or self._in_tree[page]:
@@ -186,6 +193,8 @@ class PageLedger:
         _, held = self._fences.setdefault(id(fence), (fence, []))
         held.extend(pages)
         for page in pages:
+            if not (self._fenced[page] or self._owners[page]):
+                self._cached_fenced += 1
             self._fenced[page] += 1
 
     def _settle(self, page: PageId) -> None:

@@ -21,6 +21,8 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int] = frozenset()
     max_queued: int = 1024  # more waiting requests are refused with Overloaded
     max_reserved: int = 64  # RESERVE requests that hold pages but no row yet
+    max_filling: int = 16  # requests that hold pages while KV comes from elsewhere; more compute it all
+    unsent_steps: int = 4  # steps of KV announced and not sent, beyond which no PREFILL request is admitted
     partial_prefills: int = 4  # long prompts in progress at the same time; short ones do not count
     scan_limit: int = 128  # waiting requests that one plan looks at
     preemption_limit: int = 2  # per request; after that it gets all pages to its end at once
@@ -30,7 +32,7 @@ class SchedulerConfig:
         for name in ("total_pages", "page_tokens", "rows", "context_tokens", "scan_limit", "partial_prefills"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
-        for name in ("max_queued", "max_reserved", "preemption_limit", "patience_s"):
+        for name in ("max_queued", "max_reserved", "max_filling", "unsent_steps", "preemption_limit", "patience_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}", param=name)
         if self.step_tokens < self.rows:

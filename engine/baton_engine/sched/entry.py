@@ -41,7 +41,6 @@ class Entry:
     sequence: int  # order of arrival; also breaks ties everywhere
     queued_s: float
     root: PageHash
-    hashes: list[PageHash] = field(default_factory=list)  # full pages of request.tokens, as far as computed
     queue: EntryQueue | None = None
     row: RowId | None = None
     row_told: bool = False  # a plan held the RowAdmission
@@ -53,7 +52,7 @@ class Entry:
     pending: int = 0  # sampled tokens that were not collected yet
     open_steps: int = 0  # planned steps with work of this request that were not collected yet
     last_step: StepFence | None = None
-    announced: bool = False  # the role knows the pages: KvRelease is due
+    announced: bool = False  # the role reads or writes the pages: KvRelease is due
     releasing: bool = False  # KvRelease is out, its fence has not come back
     fences: list[Fence] = field(default_factory=list)
     cached_told: bool = False
@@ -85,17 +84,23 @@ class Entry:
 
     def hash_pages(self, tokens: int, page_tokens: int) -> list[PageHash]:
         """Chained hashes of the full pages in the first `tokens` tokens; each is computed once."""
-        full, known = tokens // page_tokens, len(self.hashes)
-        if full > known:
-            parent = self.hashes[-1] if known else self.root
-            fresh = self.request.tokens[known * page_tokens : full * page_tokens]
-            self.hashes.extend(extend_chain(parent, fresh, page_tokens))
-        return self.hashes[:full]
+        return hash_pages(self.request, self.root, tokens, page_tokens)
 
     @property
     def step_fenced(self) -> bool:
         """Its pages are let go, and wait for a step in flight."""
         return self.last_step is not None and not self.last_step.done() and self.last_step in self.fences
+
+
+def hash_pages(request: Request, root: PageHash, tokens: int, page_tokens: int) -> list[PageHash]:
+    """The chain from `root` over the full pages in the first `tokens` tokens; `request.hashes` remembers it."""
+    hashes = request.hashes
+    full, known = tokens // page_tokens, len(hashes)
+    if full > known:
+        parent = hashes[-1] if known else root
+        fresh = request.tokens[known * page_tokens : full * page_tokens]
+        hashes.extend(extend_chain(parent, fresh, page_tokens))
+    return hashes[:full]
 
 
 class EntryQueue:

@@ -29,6 +29,8 @@ class Lifecycle:
         self.cache = cache
         self.entries: dict[RequestId, Entry] = {}
         self.waiting = EntryQueue()  # QUEUED
+        self.filling = EntryQueue()  # FILLING: pages that the role fills
+        self.filled = EntryQueue()  # FILLING: done with that, but no row yet
         self.staged = EntryQueue()  # RESERVED, RECEIVING: pages, but no KV yet
         self.ready = EntryQueue()  # READY: KV, but no row yet
         self.prefilling = EntryQueue()  # row and pages; part of the prompt is not planned yet

@@ -1,7 +1,7 @@
 """Makes one StepPlan: running decodes, then continuing prefills and new admissions inside the token budget.
 
 Invariants: every decode that has its page is in the step; planned tokens <= step_tokens; every planned position has
-a leased page; only requests that may be recomputed are preempted (never a handoff in progress), newest first.
+a leased page; only requests that may be recomputed are preempted (never a handoff or a fill in progress), newest first.
 Does not know: sampled values, stop rules, fences. Functions run on the engine thread and touch only the lifecycle.
 """
 
@@ -13,29 +13,42 @@ from baton_engine.request import Mode, Phase
 from baton_engine.sched import policy
 from baton_engine.sched.config import SchedulerConfig
 from baton_engine.sched.entry import Entry, StepFence
+from baton_engine.sched.filling import Filling
 from baton_engine.sched.lifecycle import Lifecycle
 from baton_engine.sched.records import PrefillAdmitted
+from baton_engine.sched.sharing import Sharing
 from baton_engine.step import Form, RowAdmission, RowWork, StepPlan
 
 
 class Planner:
-    """`crowded` is true while somebody waits so long for pages that nobody may overtake."""
+    """`crowded` is true while somebody waits so long for pages that nobody may overtake; `held_back` while a PREFILL
+    request waits for nothing but the network."""
 
-    def __init__(self, config: SchedulerConfig, context_tokens: int, life: Lifecycle) -> None:
+    def __init__(
+        self, config: SchedulerConfig, context_tokens: int, life: Lifecycle, sharing: Sharing, filling: Filling
+    ) -> None:
         self._config = config
         self._context_tokens = context_tokens
         self._life = life
+        self._sharing = sharing
+        self._filling = filling
         self.crowded = False
+        self.held_back = False
 
-    def make(self, number: int, fence: StepFence, now_s: float) -> tuple[StepPlan, list[Entry]] | None:
-        """The plan and, aligned with its work, the entries. None when there is nothing to compute."""
+    def make(
+        self, number: int, fence: StepFence, now_s: float, *, unsent_tokens: int
+    ) -> tuple[StepPlan, list[Entry]] | None:
+        """The plan and, aligned with its work, the entries. None when there is nothing to compute.
+
+        With many `unsent_tokens` no PREFILL request is started: its KV would only wait behind them.
+        """
         draft = _Draft(fence)
         for entry in self._life.decoding:
             if entry.queue is self._life.decoding and not entry.ends_by_itself(self._context_tokens):
                 self._decode(entry, draft, now_s)
         self._start_ready(draft, now_s)
         budget = self._config.step_tokens - draft.tokens
-        self._admit(budget, now_s)
+        self._admit(budget, now_s, congested=unsent_tokens > self._config.unsent_steps * self._config.step_tokens)
         self._prefill(draft, budget, now_s)
         return draft.finish(number)
 
@@ -59,7 +72,8 @@ class Planner:
         pages = self.table_pages(entry)
         # One page for each request that may cross a page border soon. Alone, all is yours.
         alone = life.cache.counts().leased == 0
-        growing = (request.mode is not Mode.PREFILL) + len(life.decoding) + len(life.ready) + len(life.staged)
+        holders = (life.decoding, life.ready, life.staged, life.filling, life.filled)
+        growing = (request.mode is not Mode.PREFILL) + sum(map(len, holders))
         spare = 0 if alone else growing
         return (match, pages) if life.cache.fits(match, pages, spare) else None
 
@@ -92,7 +106,7 @@ class Planner:
         missing = -(-tokens // self._config.page_tokens) - len(lease.pages)
         while missing > 0 and not life.cache.grow(lease, missing):
             ending = any(other.ends_by_itself(self._context_tokens) for other in life.decoding)
-            if ending or life.pages_coming() or not preempt:
+            if ending or life.pages_coming() or self._sharing.holding or not preempt:
                 return False
             victim = self._victim(entry)
             life.preempt(victim, now_s)
@@ -116,20 +130,24 @@ class Planner:
         return max(candidates, key=lambda entry: entry.order, default=needy)
 
     # ---- prefills -------------------------------------------------------------------------------------------------
-    def _admit(self, budget: int, now_s: float) -> None:
-        """Move waiting requests to the rows. Who does not fit is skipped, until it has waited `patience_s`."""
-        life, page = self._life, self._config.page_tokens
-        short = max(page, self._config.step_tokens // self._config.partial_prefills)
-        active = [entry.remaining for entry in life.prefilling]
-        # Each prefill in progress gets a page per step at the least; more of them would only hold pages.
-        promised = sum(min(remaining, page) for remaining in active)
-        long = sum(remaining > short for remaining in active)
-        self.crowded = False
-        if not life.free_rows:
-            return
-        for scanned, entry in enumerate(life.waiting):
-            if not life.free_rows or promised >= budget or scanned >= self._config.scan_limit:
+    def _admit(self, budget: int, now_s: float, *, congested: bool) -> None:
+        """Move requests to the rows: first those that hold pages already, then the waiting ones.
+
+        Who does not fit is skipped, until it has waited `patience_s`.
+        """
+        life = self._life
+        intake = _Intake(self._config, budget, [entry.remaining for entry in life.prefilling])
+        self.crowded = self.held_back = False
+        for entry in life.filled:
+            if not life.free_rows or intake.full:
                 return
+            if not self._holds_back(entry, congested) and intake.takes(entry.remaining):
+                self._start(entry, now_s)
+        for scanned, entry in enumerate(life.waiting):
+            if not life.free_rows or intake.full or scanned >= self._config.scan_limit:
+                return
+            if self._holds_back(entry, congested):
+                continue
             found = self.admissible(entry)
             if found is None:
                 if now_s - entry.queued_s >= self._config.patience_s:
@@ -137,27 +155,32 @@ class Planner:
                     return
                 continue
             match, pages = found
-            remaining = len(entry.request.tokens) - len(match.pages) * page
-            if remaining > short and long >= self._config.partial_prefills:
+            remaining = len(entry.request.tokens) - len(match.pages) * self._config.page_tokens
+            fills = self._filling.wanted(entry, match)
+            if not intake.takes(remaining, later=fills):
                 continue
-            promised += min(remaining, page)
-            long += remaining > short
-            self._start_prefill(entry, match, pages, now_s)
+            self._sharing.lease(entry, match, pages)
+            if fills:
+                self._filling.begin(entry, now_s)
+            else:
+                self._start(entry, now_s)
 
-    def _start_prefill(self, entry: Entry, match: Match, pages: int, now_s: float) -> None:
-        life, request = self._life, entry.request
-        entry.lease = life.cache.lease(request.request_id, match, pages)
-        entry.goal = len(request.tokens)
-        entry.planned = entry.written = len(match.pages) * self._config.page_tokens
-        if not request.preemptions:
-            request.cached_tokens = entry.planned
+    def _holds_back(self, entry: Entry, congested: bool) -> bool:
+        held_back = congested and entry.request.mode is Mode.PREFILL
+        self.held_back |= held_back
+        return held_back
+
+    def _start(self, entry: Entry, now_s: float) -> None:
+        """It has its pages; KV of [0, planned) is in them."""
+        life, request, lease = self._life, entry.request, entry.lease
+        assert lease is not None, "leased just now, or before it was filled"
         request.advance(Phase.PREFILLING, now_s)
         life.take_row(entry)
         life.prefilling.add(entry)
         if request.mode is Mode.PREFILL:
             entry.announced = True
             life.outbox.append(
-                PrefillAdmitted(request=request, pages=tuple(entry.lease.pages), computed_tokens=entry.planned)
+                PrefillAdmitted(request=request, pages=tuple(lease.pages), computed_tokens=entry.planned)
             )
 
     def _prefill(self, draft: _Draft, budget: int, now_s: float) -> None:
@@ -174,6 +197,31 @@ class Planner:
                 life.prefilling.remove(entry)  # keeps its row until its token is collected
             elif last:
                 life.decoding.add(entry)
+
+
+class _Intake:
+    """How many prefills one plan starts."""
+
+    def __init__(self, config: SchedulerConfig, budget: int, active: list[int]) -> None:
+        self._page = config.page_tokens
+        self._short = max(config.page_tokens, config.step_tokens // config.partial_prefills)
+        self._long_left = config.partial_prefills - sum(remaining > self._short for remaining in active)
+        # Each prefill in progress gets a page per step at the least; more of them would only hold pages.
+        self._tokens_left = budget - sum(min(remaining, self._page) for remaining in active)
+
+    @property
+    def full(self) -> bool:
+        return self._tokens_left <= 0
+
+    def takes(self, remaining: int, *, later: bool = False) -> bool:
+        """One more with so many tokens to compute, not in this step if `later`; False: enough long ones are there."""
+        long = remaining > self._short
+        if long and self._long_left <= 0:
+            return False
+        if not later:
+            self._tokens_left -= min(remaining, self._page)
+            self._long_left -= long
+        return True
 
 
 class _Draft:

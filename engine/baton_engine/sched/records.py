@@ -11,7 +11,40 @@ from baton_common.errors import BatonError
 from baton_common.ids import PageHash, PageId
 from baton_engine.kv.pages import PageCounts
 from baton_engine.request import Request
-from baton_engine.role import TokenOut
+from baton_engine.role import Fence, TokenOut
+
+
+class Hold:
+    """A fence on pages that were told; done when the answer is here, and the fence that it gave, if any, is done."""
+
+    def __init__(self) -> None:
+        self._answered = False
+        self._fence: Fence | None = None
+
+    def answer(self, fence: Fence | None) -> None:
+        self._answered, self._fence = True, fence
+
+    def done(self) -> bool:
+        return self._answered and (self._fence is None or self._fence.done())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillWanted:
+    """-> Role.on_fill. Pages of all `tokens`; Scheduler.kv_filled answers."""
+
+    request: Request
+    pages: tuple[PageId, ...]
+    hashes: tuple[PageHash, ...]  # of the pages that may be filled, from the first page of the table
+    have_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagesShared:
+    """-> Role.on_pages, whose fence goes to `hold`. The pages are in the tree; until then they hold still."""
+
+    hashes: tuple[PageHash, ...]
+    pages: tuple[PageId, ...]
+    hold: Hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +92,7 @@ class PrefillDone:
 class KvRelease:
     """-> Role.release_kv; its fence must come back through Scheduler.kv_released. Until then the pages stay leased.
 
-    At most once per request: at its end, or when a RESERVE request is preempted after its KV arrived.
+    At the end of a request whose pages the role knows, or when a RESERVE request is preempted after its KV arrived.
     """
 
     request: Request
@@ -90,7 +123,19 @@ class Ended:
     error: BatonError | None
 
 
-Outcome = Reserved | TurnedLocal | PrefillAdmitted | Tokens | PrefillDone | KvRelease | Preempted | KvEvents | Ended
+Outcome = (
+    FillWanted
+    | PagesShared
+    | Reserved
+    | TurnedLocal
+    | PrefillAdmitted
+    | Tokens
+    | PrefillDone
+    | KvRelease
+    | Preempted
+    | KvEvents
+    | Ended
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +143,17 @@ class SchedulerLoad:
     """A snapshot for stats, metrics and the router's choice."""
 
     queued_requests: int
-    queued_tokens: int  # prompt tokens not computed yet, of waiting and of prefilling requests
+    queued_tokens: int  # prompt tokens not computed yet, of waiting, filling and prefilling requests
+    filling: int  # FILLING: KV may come from elsewhere, or it came and a row is missing
     prefilling: int
     running: int
-    reserved: int  # RESERVED, RECEIVING and READY
+    reserved: int  # RESERVED, RECEIVING and READY; and FILLING, if they wait for a sender's KV afterwards
     sending: int
     fencing: int  # over, but something may still touch their pages
     free_pages: int  # free now, or cached and evictable
     total_pages: int
     pages: PageCounts
+    unsent_tokens: int  # KV that was announced and had not left when the last step was planned
     preemptions: int  # since start
     submitted: int
     ended: int

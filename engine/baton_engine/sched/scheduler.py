@@ -16,16 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton_common.errors import BatonError, DeadlineExceeded, InvalidRequest, Overloaded
+from baton_common.hashing import salted_root
 from baton_common.ids import PageHash, RequestId
 from baton_engine.kv.cache import KvCache
 from baton_engine.request import Mode, Phase, Request
 from baton_engine.role import Fence, TokenLogprobs, TokenOut
 from baton_engine.sched import policy
 from baton_engine.sched.config import SchedulerConfig
-from baton_engine.sched.entry import Entry, StepFence
+from baton_engine.sched.entry import Entry, StepFence, hash_pages
+from baton_engine.sched.filling import Filling
 from baton_engine.sched.lifecycle import Lifecycle
 from baton_engine.sched.planner import Planner
-from baton_engine.sched.records import KvEvents, Outcome, PrefillDone, Reserved, SchedulerLoad, Tokens, TurnedLocal
+from baton_engine.sched.records import KvEvents, Outcome, PrefillDone, SchedulerLoad, Tokens, TurnedLocal
+from baton_engine.sched.sharing import Sharing
 from baton_engine.step import RowWork, StepPlan
 
 FENCE_POLL_S = 0.001
@@ -52,12 +55,25 @@ class Scheduler:
         self.context_tokens = min(config.context_tokens, config.total_pages * config.page_tokens)
         self._cache = KvCache(config.total_pages)
         self._life = Lifecycle(config, self._cache)
-        self._planner = Planner(config, self.context_tokens, self._life)
+        self._sharing = Sharing(self._cache, config.page_tokens)
+        self._filling = Filling(config, self._life, self._sharing)
+        self._planner = Planner(config, self.context_tokens, self._life, self._sharing, self._filling)
         self._flights: deque[_Flight] = deque()  # oldest first
         self._number = 0
         self._changed = False  # something happened since the last plan
         self._tokens_per_s = 0.0
         self._collected_s = 0.0
+        self._unsent_tokens = 0
+
+    def tell_pages(self) -> None:
+        """From here on every page that enters the tree, or is found there by another request, is a PagesShared."""
+        self._sharing.tells = True
+
+    def name_pages(self, request: Request) -> None:
+        """Put the hashes of the full pages that may be filled into `request.hashes`; before it is submitted."""
+        if len(request.tokens) < self.context_tokens:
+            root = salted_root(self._config.hash_root, request.cache_salt)
+            hash_pages(request, root, len(request.tokens) - 1, self._config.page_tokens)
 
     # ---- events in ------------------------------------------------------------------------------------------------
     def submit(self, request: Request, now_s: float) -> None:
@@ -90,6 +106,14 @@ class Scheduler:
         for request_id in list(self._life.entries):
             self._fail(request_id, error, now_s)
 
+    def kv_filled(self, request_id: RequestId, tokens: int, now_s: float) -> None:
+        """FILLING: KV of [0, tokens) is in the pages, a page border. The rest is computed, or comes from the sender."""
+        entry = self._life.find(request_id)
+        if entry is not None:
+            self._changed = True
+            self._filling.filled(entry, tokens, now_s)
+            self._sharing.tell(self._life.outbox)
+
     def kv_receiving(self, request_id: RequestId, now_s: float) -> None:
         """RESERVE: the first chunk arrived."""
         entry = self._life.find(request_id)
@@ -107,7 +131,7 @@ class Scheduler:
         self._changed = True
         entry.request.advance(Phase.READY, now_s)
         entry.planned = entry.written = len(entry.request.tokens)
-        self._commit(entry)
+        self._sharing.commit(entry)
         token = self._append(entry, token_id, logprobs)
         if token.finish is None:
             entry.cached_told = False
@@ -115,6 +139,7 @@ class Scheduler:
         else:
             self._life.outbox.append(Tokens(step=0, tokens=(token,)))
             self._life.finish(entry, Phase.FINISHED, now_s)
+        self._sharing.tell(self._life.outbox)
 
     def kv_failed(self, request_id: RequestId, error: BatonError, now_s: float) -> None:
         """RESERVE: the KV will not come. After kv_received it changes nothing: the KV is here."""
@@ -143,16 +168,21 @@ class Scheduler:
         """Poll fences, free what they held back, end requests whose deadline passed. Cheap; call every iteration."""
         before = self._cache.obtainable, self._life.ended
         self._life.retire(now_s)
+        self._sharing.retire()
         self._changed |= before != (self._cache.obtainable, self._life.ended)
 
-    def plan(self, now_s: float) -> StepPlan | None:
+    def plan(self, now_s: float, *, unsent_tokens: int = 0) -> StepPlan | None:
         """The next step, or None when no row has anything to compute. Numbers are 1, 2, 3, ... without gaps.
+
+        `unsent_tokens`: KV that PREFILL requests announced and that has not left; far ahead, no new one is admitted.
 
         The plan is a promise: it must be launched (`launched`) and, after it completed, collected, in this order.
         """
         preemptions = self._life.preemptions
         fence = StepFence()
-        made = self._planner.make(self._number + 1, fence, now_s)
+        self._unsent_tokens = unsent_tokens
+        made = self._planner.make(self._number + 1, fence, now_s, unsent_tokens=unsent_tokens)
+        self._sharing.tell(self._life.outbox)
         # A preemption may have made room for somebody whose turn was over already.
         self._changed = self._life.preemptions > preemptions
         if made is None:
@@ -201,6 +231,7 @@ class Scheduler:
             self._life.outbox.append(Tokens(step=number, tokens=tuple(token for _, token in made)))
         for entry, token in made:
             self._after_token(entry, token, now_s)
+        self._sharing.tell(self._life.outbox)
 
     def drain(self) -> list[Outcome]:
         """Outcomes since the last call, in order; handling them may make more (kv_released)."""
@@ -215,11 +246,11 @@ class Scheduler:
     def sleep_s(self, now_s: float) -> float | None:
         """How long the engine may wait for events when `plan` gave None: 0 = not at all, None = for ever.
 
-        Short while a fence is polled, else until the nearest deadline.
+        Short while a fence or the network is polled, else until the nearest deadline.
         """
         if self._changed or self._flights or self._life.outbox:
             return 0.0
-        if self._life.fencing or self._cache.fencing:
+        if self._life.fencing or self._cache.fencing or self._planner.held_back:
             return FENCE_POLL_S
         deadline_s = self._life.next_deadline_s()
         return None if deadline_s is None else max(0.0, deadline_s - now_s)
@@ -231,14 +262,16 @@ class Scheduler:
         return SchedulerLoad(
             queued_requests=len(life.waiting),
             queued_tokens=self._waiting_tokens(),
+            filling=phases.count(Phase.FILLING),
             prefilling=phases.count(Phase.PREFILLING),
             running=phases.count(Phase.RUNNING),
-            reserved=len(life.staged) + len(life.ready),
+            reserved=len(life.staged) + len(life.ready) + self._filling.reserving,
             sending=phases.count(Phase.SENDING),
             fencing=life.fencing,
             free_pages=self._cache.obtainable,
             total_pages=counts.total,
             pages=counts,
+            unsent_tokens=self._unsent_tokens,
             preemptions=life.preemptions,
             submitted=life.submitted,
             ended=life.ended,
@@ -266,8 +299,8 @@ class Scheduler:
         return len(request.tokens) - len(match.pages) * page < request.local_below_tokens
 
     def _reserve(self, entry: Entry, now_s: float) -> None:
-        life, request = self._life, entry.request
-        holding = len(life.staged) + len(life.ready)
+        life = self._life
+        holding = len(life.staged) + len(life.ready) + self._filling.reserving
         found = None if self._planner.crowded else self._planner.admissible(entry)
         if holding >= self._config.max_reserved:
             self._overloaded(entry, f"{holding} requests hold reserved pages already", now_s)
@@ -275,14 +308,13 @@ class Scheduler:
             self._overloaded(entry, f"{self._cache.obtainable} KV pages are free, too few for this prompt", now_s)
         else:
             match, pages = found
-            page = self._config.page_tokens
-            entry.lease = self._cache.lease(request.request_id, match, pages)
-            entry.announced = True
-            request.cached_tokens = len(match.pages) * page
-            request.advance(Phase.RESERVED, now_s)
-            life.staged.add(entry)
-            prompt = tuple(entry.lease.pages[: -(-len(request.tokens) // page)])
-            life.outbox.append(Reserved(request=request, pages=prompt, first_missing_token=request.cached_tokens))
+            fills = self._filling.wanted(entry, match)
+            self._sharing.lease(entry, match, pages)
+            if fills:
+                self._filling.begin(entry, now_s)
+            else:
+                self._filling.reserve(entry, now_s)
+            self._sharing.tell(life.outbox)
 
     def _overloaded(self, entry: Entry, reason: str, now_s: float) -> None:
         retry_ms = policy.retry_after_ms(self._waiting_tokens(), self._tokens_per_s)
@@ -293,8 +325,10 @@ class Scheduler:
 
     def _waiting_tokens(self) -> int:
         """Waiting prompts count in full: what the cache will save is known at admission."""
-        waiting = sum(len(entry.request.tokens) for entry in self._life.waiting)
-        return waiting + sum(entry.remaining for entry in self._life.prefilling)
+        life = self._life
+        waiting = sum(len(entry.request.tokens) for entry in life.waiting)
+        filling = sum(entry.remaining for entry in life.filling if entry.request.mode is not Mode.RESERVE)
+        return waiting + filling + sum(entry.remaining for queue in (life.filled, life.prefilling) for entry in queue)
 
     # ---- collect --------------------------------------------------------------------------------------------------
     def _written(self, entry: Entry, work: RowWork) -> None:
@@ -303,12 +337,7 @@ class Scheduler:
         before = entry.written // self._config.page_tokens
         entry.written = work.start + work.count
         if entry.written // self._config.page_tokens > before:
-            self._commit(entry)
-
-    def _commit(self, entry: Entry) -> None:
-        """Full pages whose KV is written become shareable."""
-        if entry.lease is not None:
-            self._cache.commit(entry.lease, entry.hash_pages(entry.written, self._config.page_tokens))
+            self._sharing.commit(entry)
 
     def _append(self, entry: Entry, token_id: int, logprobs: TokenLogprobs | None) -> TokenOut:
         request = entry.request
