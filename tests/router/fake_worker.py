@@ -106,6 +106,8 @@ class FakeWorker(rpc.WorkerServicer):
         self.protocol_version = 1
         self.submits: list[wire.Submit] = []
         self.aborts: list[tuple[int, float, str]] = []
+        self.sessions_ended: list[tuple[str, str]] = []
+        """(tenant, session)"""
         self.snapshots_asked = 0
         self.messages = 0
         self.streams: list[Stream] = []
@@ -181,6 +183,8 @@ class FakeWorker(rpc.WorkerServicer):
                 loop_time = asyncio.get_running_loop().time()
                 self.aborts.append((message.abort.handle, loop_time, message.abort.reason))
                 self._drop(stream, message.abort.handle)
+            elif kind == "session_end":
+                self.sessions_ended.append((message.session_end.tenant, message.session_end.session))
             elif kind == "kv_snapshot":
                 self.snapshots_asked += 1
                 self.send_kv(stream, snapshot=True)
