@@ -12,7 +12,7 @@ from baton_worker.process import Program, RoleKind, RoleSetting, run
 
 
 def _prefill(setting: RoleSetting) -> PrefillRole:
-    return PrefillRole(outbox=setting.outbox)
+    return PrefillRole(outbox=setting.outbox, clock=setting.clock)
 
 
 PROGRAM = Program(

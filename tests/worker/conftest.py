@@ -15,7 +15,7 @@ from baton_common.clock import SystemClock
 from baton_common.errors import BatonError
 from baton_common.ids import TransferId
 from baton_decode.role import DecodeRole
-from baton_kvtransfer.records import FirstToken, Inbound, Outbound
+from baton_kvtransfer.records import FirstToken, Inbound, Outbound, Pull
 from baton_prefill.role import PrefillRole
 from baton_proto import common_pb2, worker_pb2
 from baton_worker.config import WorkerConfig
@@ -52,7 +52,7 @@ class FakeTransfer:
     def ready(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None:
         self.ready_calls.append((layer_begin, layer_end, token_begin, token_end))
 
-    def finish(self, first: FirstToken) -> None:
+    def finish(self, first: FirstToken | None) -> None:
         self.finished = first
 
     def abort(self, error: BatonError) -> FakeFence:
@@ -68,6 +68,7 @@ class FakeEndpoint:
     expected: dict[TransferId, Inbound] = field(default_factory=dict)
     cancelled: dict[TransferId, BatonError] = field(default_factory=dict)
     opened: list[FakeTransfer] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list)
 
     def expect(self, inbound: Inbound) -> None:
         self.expected[inbound.transfer_id] = inbound
@@ -79,6 +80,9 @@ class FakeEndpoint:
     def open(self, outbound: Outbound) -> FakeTransfer:
         self.opened.append(FakeTransfer(outbound, self.fence))
         return self.opened[-1]
+
+    def pull(self, pull: Pull) -> None:
+        self.pulls.append(pull)
 
 
 @dataclass
@@ -105,7 +109,7 @@ async def running_worker(
 ) -> AsyncIterator[Bench]:
     clock = SystemClock()
     outbox = Outbox(asyncio.get_running_loop())
-    role = DecodeRole(outbox=outbox, incarnation="inc") if kind == "decode" else PrefillRole(outbox=outbox)
+    role = DecodeRole(outbox=outbox, incarnation="inc") if kind == "decode" else PrefillRole(outbox=outbox, clock=clock)
     engine, endpoint = ScriptedEngine(role, step_s=step_s), FakeEndpoint()
     role.bind(engine=engine, endpoint=endpoint if peers else None, compat=COMPAT)
     service = WorkerService(config=WorkerConfig(listen="127.0.0.1:0", **settings), clock=clock, on_failure=_raise)

@@ -136,8 +136,8 @@ async def test_without_peers_every_reservation_is_local(worker: Worker) -> None:
         assert await answer.end() == outputs(PROMPT, 6)
 
 
-async def test_a_decode_worker_does_not_prefill_for_others(worker: Worker) -> None:
-    bench = await worker()
+async def test_a_worker_without_peers_hands_nothing_over(worker: Worker) -> None:
+    bench = await worker(peers=False)
     async with bench.router() as router:
         end = await refused(await router.submit(Mode.PREFILL, PROMPT))
         assert (end.kind, end.param) == (ErrorKind.INVALID, "mode")

@@ -1,7 +1,8 @@
 """Every open request of this worker, and which router it belongs to. Event loop only, never blocks.
 
 Invariants: each request of each stream gets its Ticket, its Tokens and then at most one last word (a finish or Failed),
-and nothing after it; the loss of a stream aborts everything that came through it; a draining worker takes nothing new.
+and nothing after it; the loss of a stream aborts everything that came through it; a draining worker takes nothing new,
+but hands over what it has.
 It does not know gRPC or threads: messages come from `server`, events through the outbox.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from baton_common.clock import Clock
 from baton_common.errors import Aborted, BatonError, Draining
@@ -24,6 +26,14 @@ from baton_worker.storage import Storage
 from baton_worker.stream import RouterStream
 
 log = logging.getLogger("baton.worker")
+
+
+class Taking(Enum):
+    """What is taken from routers."""
+
+    ALL = "all"
+    DEPARTURES = "departures"  # drains: what moves a running request to another worker, no new work
+    NOTHING = "nothing"
 
 
 class ProtocolViolation(Exception):
@@ -64,7 +74,7 @@ class Desk:
         self._entries: dict[RequestId, _Entry] = {}
         self._streams: dict[int, RouterStream] = {}
         self._cached: set[PageHash] = set()  # mirrors the prefix tree as far as it was told
-        self.draining = False
+        self.taking = Taking.ALL
 
     @property
     def open_requests(self) -> int:
@@ -109,7 +119,7 @@ class Desk:
             raise ProtocolViolation(f"handle {submit.handle} is in use by {stream.handles[submit.handle]}")
         request_id = RequestId(f"{submit.request_id}/{stream.serial}.{submit.handle}")
         try:
-            if self.draining:
+            if self.taking is Taking.NOTHING or not (self.taking is Taking.ALL or self._role.hands_over(submit)):
                 raise Draining("the worker is draining; use another one")
             request = convert.request_from(submit, request_id=request_id, now_s=self._clock.now())
             self._role.accept(submit, request)

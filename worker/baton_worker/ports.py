@@ -12,7 +12,7 @@ from baton_common.errors import BatonError
 from baton_common.ids import RequestId, TransferId
 from baton_engine.request import Request
 from baton_engine.role import Fence, Role, TokenLogprobs
-from baton_kvtransfer.records import FirstToken, Inbound, InboundEvents, Outbound
+from baton_kvtransfer.records import FirstToken, Inbound, InboundEvents, Outbound, Pull
 from baton_proto import common_pb2, worker_pb2
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class OutboundTransfer(Protocol):
     def unsent_tokens(self) -> int: ...
 
     def ready(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None: ...
-    def finish(self, first: FirstToken) -> None: ...
+    def finish(self, first: FirstToken | None) -> None: ...
     def abort(self, error: BatonError) -> Fence: ...
 
 
@@ -53,6 +53,7 @@ class TransferPort(Protocol):
     def expect(self, inbound: Inbound) -> None: ...
     def cancel(self, transfer_id: TransferId, error: BatonError) -> Fence: ...
     def open(self, outbound: Outbound) -> OutboundTransfer: ...
+    def pull(self, pull: Pull) -> None: ...
 
 
 class WorkerRole(Role, Protocol):
@@ -74,6 +75,9 @@ class WorkerRole(Role, Protocol):
 
     def accept(self, submit: worker_pb2.Submit, request: Request) -> None:
         """Before Engine.submit, on the event loop: complete `request`, or refuse it by raising a BatonError."""
+
+    def hands_over(self, submit: worker_pb2.Submit) -> bool:
+        """Whether this is how a request leaves the worker: then it is taken also while the worker drains."""
 
     def handoffs(self) -> int:
         """How many transfers have ended since the start; a number for Load."""

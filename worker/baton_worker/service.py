@@ -1,9 +1,10 @@
 """One running worker: gRPC server, tickers, drain. Everything here lives on one event loop.
 
 State: STARTING -> SERVING -> DRAINING -> EMPTY, never back. Draining refuses new work with DRAINING, says so in Load,
-and gives running requests time to finish; what is left then is handed back: failed with DRAINING, for the router to
-run elsewhere. gRPC health knows two services: "" is liveness (false: stalled, restart me) and "baton.v1.Worker"
-is readiness (false while starting, draining or stalled).
+and gives running requests time to finish or, on a decode worker, to move: their routers abort them here and send PREFILL
+with the ticket of another one. What is left then is handed back: failed with DRAINING, to be run elsewhere.
+gRPC health knows two services: "" is liveness (false: stalled, restart me) and "baton.v1.Worker" is readiness (false
+while starting, draining or stalled).
 It does not load models and knows no roles; `process` builds the parts.
 """
 
@@ -24,7 +25,7 @@ from baton_common.errors import BatonError, ConfigError, Draining
 from baton_proto import worker_pb2, worker_pb2_grpc
 from baton_worker.config import WorkerConfig, split_address
 from baton_worker.convert import PROTOCOL_VERSION
-from baton_worker.desk import Desk, ProtocolViolation
+from baton_worker.desk import Desk, ProtocolViolation, Taking
 from baton_worker.ports import EnginePort, WorkerRole
 from baton_worker.state import Progress, State, load_message, page_counts, resident_bytes
 from baton_worker.stream import RouterStream
@@ -240,10 +241,12 @@ class WorkerService:
         await self._report_health()
         if parts is not None:
             desk = parts.desk
-            desk.draining = True
+            desk.taking = Taking.DEPARTURES
             self._broadcast_load(parts)
             log.info("draining", extra={"open_requests": desk.open_requests, "grace_s": grace_s})
-            if not await self._emptied(desk, grace_s):
+            emptied = await self._emptied(desk, grace_s)
+            desk.taking = Taking.NOTHING
+            if not emptied:
                 log.warning("drain time is over; handing requests back", extra={"open_requests": desk.open_requests})
                 desk.abort_all(
                     lambda request_id: Draining("the worker shuts down; run it elsewhere", request_id=request_id)
