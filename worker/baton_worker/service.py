@@ -1,7 +1,7 @@
 """One running worker: gRPC server, tickers, drain. Everything here lives on one event loop.
 
 State: STARTING -> SERVING -> DRAINING -> EMPTY, never back. Draining refuses new work with DRAINING, says so in Load,
-and gives running requests time to finish or, on a decode worker, to move: their routers abort them here and send PREFILL
+and gives running requests time to finish or, on a decode worker, to move: routers abort them here and send PREFILL
 with the ticket of another one. What is left then is handed back: failed with DRAINING, to be run elsewhere.
 gRPC health knows two services: "" is liveness (false: stalled, restart me) and "baton.v1.Worker" is readiness (false
 while starting, draining or stalled).
