@@ -12,6 +12,8 @@ from pathlib import Path
 
 from baton.supervisor import Command
 from baton_common.errors import ConfigError
+from baton_operator.plan.blueprint import Tiers
+from baton_operator.plan.commands import tiers_text
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -36,6 +38,7 @@ class Deployment:
     kv_dtype: str | None = None
     context_tokens: int | None = None
     wire: str | None = None
+    tiers: Tiers | None = None    # of each worker; a StorageClass says nothing here
     config: Path | None = None    # YAML with sections of settings, handed to every process
 
     def __post_init__(self) -> None:
@@ -63,16 +66,19 @@ class Deployment:
         return _FIRST_WORKER_PORT + self.port % 1000 * _PORTS_PER_SERVICE
 
     def commands(
-        self, *, worker_ports: Sequence[int], scripts: Path, logs: Path, cores: int, environment: Mapping[str, str]
-    ) -> tuple[Command, ...]:
-        """`scripts` is the folder of the installed programs; `environment` what the processes inherit."""
+        self, *, worker_ports: Sequence[int], scripts: Path, logs: Path, pages: Path, cores: int,
+        environment: Mapping[str, str],
+    ) -> tuple[Command, ...]:  # fmt: skip
+        """`scripts` is the folder of the installed programs, `pages` that of KV on disk; `environment` what the
+        processes inherit.
+        """
         threads = max(1, cores // self.workers)
         limited = {**environment, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))}
         addresses = [f"{LOOPBACK}:{port}" for port in worker_ports]
         workers = [
             Command(
                 name=name, role=role,
-                argv=(str(scripts / program), *self._worker_flags(role, name, address, logs, threads)),
+                argv=(str(scripts / program), *self._worker_flags(role, name, address, logs, pages, threads)),
                 environment=limited, address=address, log=logs / f"{name}.log", wave=_WORKER_WAVE,
             )
             for (name, role, program), address in zip(self._worker_names(), addresses, strict=True)
@@ -97,7 +103,9 @@ class Deployment:
             for index in range(count):
                 yield f"{role}-{index}", role, program
 
-    def _worker_flags(self, role: str, name: str, address: str, logs: Path, threads: int) -> tuple[str, ...]:
+    def _worker_flags(
+        self, role: str, name: str, address: str, logs: Path, pages: Path, threads: int
+    ) -> tuple[str, ...]:
         flags: dict[str, str | None] = {
             "model": self.model,
             "model-name": self.served_name,
@@ -111,6 +119,7 @@ class Deployment:
             "context-tokens": None if self.context_tokens is None else str(self.context_tokens),
             "threads": str(threads),
             "wire": self.wire,
+            "tiers": None if self.tiers is None else tiers_text(self.tiers, str(pages / name)),
             "dump-dir": str(logs),
         }
         given = ((f"--{flag}", value) for flag, value in flags.items() if value is not None)

@@ -7,14 +7,20 @@ before any process starts. Knows the file system and the hub, no processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from baton.deployment import DEFAULT_PORT, LOOPBACK, Deployment
 from baton_common.checkpoint import demo_checkpoint, resolve_checkpoint
+from baton_common.errors import ConfigError
 from baton_operator.api import DEMO_URI, InferenceService, Role
 from baton_operator.document import read_service
+from baton_operator.plan.intake import tiers
 
 DEMO_NAME = "baton-demo"
+LIBRARIES = {"nixl": ("nixl_cu13", "nixl_cu12"), "mooncake": ("mooncake",)}
+"""Packages by wire; any one of them is enough."""
+
 _SERVICE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -73,7 +79,8 @@ def deployment(options: UpOptions) -> Deployment:
         dtype=options.dtype or (_unless_auto(spec.model.dtype) if spec else None),
         kv_dtype=options.kv_dtype or (_unless_auto(spec.model.kv_dtype) if spec else None),
         context_tokens=options.context_tokens or (spec.model.context_tokens if spec else None),
-        wire=options.wire or (spec.transport.wire if spec else None),
+        wire=_available(options.wire or (spec.transport.wire if spec else None)),
+        tiers=tiers(spec.cache) if spec else None,
         config=options.config,
     )
 
@@ -113,6 +120,17 @@ def _counts(options: UpOptions, service: InferenceService | None) -> tuple[int, 
         base[1] if options.decode is None else options.decode,
         base[2] if options.colocated is None else options.colocated,
     )
+
+
+def _available(wire: str | None) -> str | None:
+    """Raises ConfigError when its library is not there: workers would say so only after they have loaded the model."""
+    if wire in LIBRARIES and not any(find_spec(name) for name in LIBRARIES[wire]):
+        raise ConfigError(
+            f"the {wire} wire needs a library that is not installed; pip install 'baton[{wire}]', or take another wire "
+            "with --wire",
+            param="wire",
+        )
+    return wire
 
 
 def _unless_auto(value: str) -> str | None:

@@ -141,7 +141,8 @@ def prepare(deployment: Deployment, folder: StateDir, machine: Machine) -> tuple
         raise ConfigError(f"{', '.join(missing)} not found in {machine.scripts}; install baton[all]")
     commands = deployment.commands(
         worker_ports=free_ports(deployment.workers, host=LOOPBACK, first=deployment.first_worker_port),
-        scripts=machine.scripts, logs=folder.logs, cores=machine.cores, environment=machine.environment,
+        scripts=machine.scripts, logs=folder.logs, pages=folder.pages, cores=machine.cores,
+        environment=machine.environment,
     )  # fmt: skip
     for command in commands:
         if command.log.exists() and command.log.stat().st_size > _LOGS_KEPT_BYTES:

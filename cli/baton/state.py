@@ -1,4 +1,4 @@
-"""What one supervised service leaves on disk: a lock, a state file, logs.
+"""What one supervised service leaves on disk: a lock, a state file, logs, KV pages if it keeps any.
 
 Invariants: the supervisor holds the lock for as long as it lives and nobody else ever does, so "is it running?" cannot
 be answered wrongly by a stale file. The state file is replaced whole, so a reader never sees half of one.
@@ -79,6 +79,11 @@ class StateDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def pages(self) -> Path:
+        """KV on disk, a folder for each worker; it is found again when the service starts anew."""
+        return self.path / "kv"
 
     @property
     def _file(self) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from baton.readiness import Readiness, ask
@@ -15,6 +16,7 @@ from baton_proto import worker_pb2, worker_pb2_grpc
 
 _TIMEOUT_S = 2.0
 _MIB = 1 << 20
+_PAGES = "pages free/cached/leased/in flight"
 
 
 def show(state: ServiceState, console: Console) -> bool:
@@ -23,18 +25,49 @@ def show(state: ServiceState, console: Console) -> bool:
     console.print(f"{state.name}: {state.model} at {state.url}, since {clock_time(state.started_s)}", highlight=False)
     console.print(_verdict(state, readiness), markup=False, highlight=False)
     console.print(process_table(state.processes))
-    table = Table(box=None, pad_edge=False)
-    pages = "pages free/cached/leased/in flight"
-    for title in ("worker", "state", "steps", "running", "queued", pages, "peers", "MiB"):
-        table.add_column(title)
+    workers, below = _table("worker", "state", "steps", "running", "queued", _PAGES, "MiB"), _Below()
     for process in state.processes:
         if process.role == "router":
             memory = _resident_bytes(process.pid)
-            table.add_row(process.name, "-", "-", "-", "-", "-", "-", f"{memory / _MIB:.0f}" if memory else "-")
+            workers.add_row(process.name, "-", "-", "-", "-", "-", f"{memory / _MIB:.0f}" if memory else "-")
+            continue
+        reply = _ask(process.address)
+        if isinstance(reply, str):
+            workers.add_row(process.name, f"no answer ({reply})", "-", "-", "-", "-", "-")
         else:
-            table.add_row(process.name, *_worker_row(process.address))
-    console.print(table)
+            workers.add_row(process.name, *_worker_row(reply))
+            below.add(process.name, reply)
+    console.print(workers)
+    below.print(console)
     return readiness.ready
+
+
+class _Below:
+    """What only some workers have: peers, tiers."""
+
+    def __init__(self) -> None:
+        self._peers = _table("worker", "peer", "state", "wire", "MiB", "why this wire, why no link")
+        self._tiers = _table("worker", "tier", "state", "MiB", "why off")
+
+    def add(self, name: str, reply: worker_pb2.StatusReply) -> None:
+        for peer in reply.peers:
+            mib = f"{peer.bytes / _MIB:.1f}"
+            self._peers.add_row(name, peer.worker_id, peer.state, peer.wire or "-", mib, escape(peer.reason) or "-")
+        for tier in reply.tiers:
+            mib = f"{tier.bytes / _MIB:.1f}"
+            self._tiers.add_row(name, tier.name, tier.state, mib, escape(tier.reason) or "-")
+
+    def print(self, console: Console) -> None:
+        for table in (self._peers, self._tiers):
+            if table.row_count:
+                console.print(table)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title)
+    return table
 
 
 def _verdict(state: ServiceState, readiness: Readiness) -> str:
@@ -43,13 +76,19 @@ def _verdict(state: ServiceState, readiness: Readiness) -> str:
     return f"not ready ({state.phase.value}): {readiness.reason}"
 
 
-def _worker_row(address: str) -> tuple[str, ...]:
+def _ask(address: str) -> worker_pb2.StatusReply | str:
+    """What a worker says of itself, or why it says nothing."""
     with grpc.insecure_channel(address) as channel:
         try:
-            reply = worker_pb2_grpc.AdminStub(channel).Status(worker_pb2.StatusRequest(), timeout=_TIMEOUT_S)
+            reply: worker_pb2.StatusReply = worker_pb2_grpc.AdminStub(channel).Status(
+                worker_pb2.StatusRequest(), timeout=_TIMEOUT_S
+            )
         except grpc.RpcError as error:
-            code = error.code().name.lower() if isinstance(error, grpc.Call) else type(error).__name__
-            return (f"no answer ({code})", "-", "-", "-", "-", "-", "-")
+            return error.code().name.lower() if isinstance(error, grpc.Call) else type(error).__name__
+    return reply
+
+
+def _worker_row(reply: worker_pb2.StatusReply) -> tuple[str, ...]:
     pages, load = reply.pages, reply.load
     return (
         reply.state,
@@ -57,7 +96,6 @@ def _worker_row(address: str) -> tuple[str, ...]:
         str(load.running),
         str(load.queued_requests),
         f"{pages.free}/{pages.cached}/{pages.leased}/{pages.in_flight} of {pages.total}",
-        ", ".join(f"{peer.worker_id} {peer.wire} {peer.state}" for peer in reply.peers) or "-",
         f"{reply.resident_bytes / _MIB:.0f}",
     )
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from baton.deployment import Deployment
-from baton.request import DEMO_NAME, UpOptions, deployment, service_name
+from baton.request import DEMO_NAME, LIBRARIES, UpOptions, deployment, service_name
 from baton.supervisor import Command
 from baton_common.checkpoint import demo_checkpoint
 from baton_common.errors import ConfigError
+from baton_kvtransfer.wires.oneside import mooncake, nixl
+from baton_operator.plan.blueprint import Tiers
+from baton_worker.tiering import parse_tiers
 
 SERVICE = """\
 apiVersion: serving.baton.dev/v1alpha1
@@ -34,8 +37,9 @@ def service(tmp_path: Path) -> Path:
 
 def commands(wanted: Deployment, ports: Sequence[int], *, cores: int = 8) -> dict[str, Command]:
     made = wanted.commands(
-        worker_ports=ports, scripts=Path("/bin"), logs=Path("/logs"), cores=cores, environment={"HOME": "/root"}
-    )
+        worker_ports=ports, scripts=Path("/bin"), logs=Path("/logs"), pages=Path("/kv"), cores=cores,
+        environment={"HOME": "/root"},
+    )  # fmt: skip
     return {command.name: command for command in made}
 
 
@@ -78,12 +82,21 @@ def test_workers_share_the_cores_between_them(cores: int, threads: str) -> None:
 
 def test_what_was_not_asked_for_is_left_to_the_components() -> None:
     made = commands(Deployment(model="/m", served_name="m"), (5, 6))
-    optional = ("device", "dtype", "kv-dtype", "context-tokens", "wire")
+    optional = ("device", "dtype", "kv-dtype", "context-tokens", "wire", "tiers")
     assert {flag(made["decode-0"], name) for name in optional} == {None}
     asked = commands(Deployment(model="/m", served_name="m", wire="tcp", dtype="float32", context_tokens=512), (5, 6))
     assert flag(asked["prefill-0"], "wire") == "tcp"
     assert flag(asked["decode-0"], "dtype") == "float32"
     assert flag(asked["decode-0"], "context-tokens") == "512"
+
+
+def test_every_worker_keeps_pages_in_a_folder_of_its_own() -> None:
+    tiers = Tiers(host_bytes=1 << 30, disk_bytes=10 << 30, disk_class="fast")
+    made = commands(Deployment(model="/m", served_name="m", prefill=2, tiers=tiers), (5, 6, 7))
+    texts = [flag(made[name], "tiers") for name in made if name != "router"]
+    assert texts == [f"host=1GiB,file=/kv/{name}:9GiB" for name in ("prefill-0", "prefill-1", "decode-0")]
+    assert all(parse_tiers(text or "").folder_bytes == 9 << 30 for text in texts)
+    assert flag(made["router"], "tiers") is None
 
 
 def test_a_settings_file_reaches_every_process() -> None:
@@ -121,6 +134,32 @@ def test_a_flag_wins_over_the_service_file(service: Path) -> None:
     wanted = deployment(options)
     assert (wanted.prefill, wanted.port, wanted.dtype, wanted.wire) == (1, 9999, "bfloat16", "shm")
     assert (wanted.served_name, service_name(options, "default")) == ("x", "n")
+
+
+def test_a_service_file_gives_the_tiers(service: Path) -> None:
+    assert deployment(UpOptions(target=str(service))).tiers is None
+    service.write_text(f"{SERVICE}  cache: {{hostMemory: 1Gi, disk: {{size: 2Gi}}, sessions: {{quota: 256Mi}}}}\n")
+    wanted = deployment(UpOptions(target=str(service))).tiers
+    assert wanted == Tiers(host_bytes=1 << 30, disk_bytes=2 << 30, session_bytes=256 << 20)
+
+
+@pytest.mark.parametrize("wire", sorted(LIBRARIES))
+def test_a_wire_whose_library_is_missing_is_refused_with_the_command(
+    service: Path, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.write_text(SERVICE.replace("wire: tcp", f"wire: {wire}"))
+    monkeypatch.setattr("baton.request.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"pip install 'baton\[{wire}\]'"):
+        deployment(UpOptions(target=str(service)))
+    with pytest.raises(ConfigError, match=rf"pip install 'baton\[{wire}\]'"):
+        deployment(UpOptions(wire=wire))
+    assert deployment(UpOptions(target=str(service), wire="tcp")).wire == "tcp"
+    monkeypatch.setattr("baton.request.find_spec", lambda name: name == LIBRARIES[wire][-1])
+    assert deployment(UpOptions(target=str(service))).wire == wire
+
+
+def test_the_libraries_are_those_of_the_wires() -> None:
+    assert {"nixl": nixl.MODULES, "mooncake": (mooncake.MODULE.partition(".")[0],)} == LIBRARIES
 
 
 def test_a_service_file_may_ask_for_the_demo_model(service: Path) -> None:

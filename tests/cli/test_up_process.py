@@ -73,6 +73,7 @@ def test_a_service_starts_answers_and_stops_and_leaves_nothing(house: House) -> 
     answer = house("chat", "--once", "a question that is long enough to be handed over " * 4, "--max-tokens", "6")
     assert answer.returncode == 0, answer.stderr
     assert re.search(r"TTFT \d+ ms · .*6 tokens · prompt \d+, cached 0", answer.stderr)
+    assert re.search(r"^prefill-0 +decode-0 +up +shm", house("status").stdout, re.MULTILINE)
 
     assert house("down").returncode == 0
     assert not any(alive(pid) for pid in pids)
