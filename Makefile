@@ -10,13 +10,14 @@ UPGRADE ?=
 IMAGES ?=
 E2E ?=
 GPU ?=
+KV ?=
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard proto/baton_proto/*.proto)
 STUBS := proto/baton_proto/worker_pb2.py
 
-.PHONY: help up down install test kernels e2e lint bench gpu lock chart images clean
+.PHONY: help up down install test kernels e2e lint bench bench-kv gpu lock chart images clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make e2e     the story on a real cluster: KUBECONFIG, else the test cluster kit, else kind (E2E='-k operator')"
 	@echo "make lint    ruff, mypy, import rings, the torch-free rooms, sizes and settings"
 	@echo "make bench   value, ceiling and fraction of each figure on this machine"
+	@echo "make bench-kv the same of KV handoff, with NIXL and Mooncake beside it (KV='--only small')"
 	@echo "make gpu     on a machine with a GPU: its tests, kernels and engine against their floors (GPU=--dry-run: what it does)"
 	@echo "make lock    write constraints.txt anew (UPGRADE=--upgrade for the newest versions)"
 	@echo "make chart   write CRDs, dashboards and the chart's copies anew"
@@ -82,6 +84,9 @@ lint: install
 
 bench: install
 	@PYTHONPATH=.:tests $(BIN)/python -m bench $(BENCH)
+
+bench-kv: install
+	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench.kvtransfer $(KV)
 
 gpu: install
 	@PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench.gpu $(GPU)
