@@ -119,6 +119,7 @@ class Request:
     stamps: dict[Phase, float] = field(default_factory=dict)
     preemptions: int = 0
     cached_tokens: int = 0  # of the first admission: KV that was found, not computed
+    filled_tokens: int = 0  # KV that came while it was FILLING, over all admissions
 
     @property
     def output_tokens(self) -> int:

@@ -36,6 +36,7 @@ class RequestSpans:
                 "baton.prompt_tokens": request.prompt_tokens,
                 "baton.output_tokens": request.output_tokens,
                 "baton.cached_tokens": request.cached_tokens,
+                "baton.filled_tokens": request.filled_tokens,
                 "baton.preemptions": request.preemptions,
             },
         )

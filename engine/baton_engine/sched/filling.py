@@ -65,6 +65,7 @@ class Filling:
                 f"{entry.written} and {self._fillable(entry) * page}"
             )
         entry.announced = False  # nobody writes into the pages any more
+        request.filled_tokens += tokens - entry.written
         entry.planned = entry.written = tokens
         if not request.preemptions:
             request.cached_tokens = tokens
