@@ -103,6 +103,33 @@ def test_each_fence_is_polled_once_per_retire_however_many_pages_wait_for_it() -
     assert fence.polls == 1
 
 
+def test_a_guarded_page_of_the_tree_is_nobodys_until_its_fence_is_done() -> None:
+    ledger, fence = PageLedger(2), Flag()
+    cached, leased = ledger.lease(2, A)
+    for page in (cached, leased):
+        ledger.enter_tree(page, A)
+    ledger.release([cached], A)
+    ledger.guard([cached, leased, cached], fence)
+    assert (ledger.counts(), ledger.obtainable) == (counts(0, 1, 1, 0), 0)
+    ledger.release([leased], A)
+    ledger.leave_tree(cached)
+    assert (ledger.counts(), ledger.obtainable) == (counts(0, 1, 0, 1), 0), "evicted, but not free"
+    ledger.check()
+    fence.up = True
+    ledger.retire()
+    assert (ledger.counts(), ledger.obtainable) == (counts(1, 1, 0, 0), 2)
+    ledger.check()
+
+
+def test_a_free_page_cannot_be_guarded() -> None:
+    ledger = PageLedger(2)
+    (page,) = ledger.lease(1, A)
+    with pytest.raises(LeakError, match="page 1 is guarded, but nobody's"):
+        ledger.guard([page, PageId(1 - page)], Flag())
+    ledger.check()
+    assert ledger.counts() == counts(1, 0, 1, 0)
+
+
 def test_violations_name_page_and_owner_and_change_nothing() -> None:
     ledger = PageLedger(2)
     (page,) = ledger.lease(1, A)
@@ -192,6 +219,16 @@ class LedgerMachine(RuleBasedStateMachine):
         for page in pages:
             self.owners[page].remove(owner)
         self.fences.extend((flag, set(pages)) for flag in flags)
+
+    @rule(pages=st.lists(st.integers(0, TOTAL - 1).map(PageId), min_size=1, max_size=4))
+    def guard(self, pages: list[PageId]) -> None:
+        flag = Flag()
+        if not all(self.owners[page] or page in self.tree for page in pages):
+            with pytest.raises(LeakError):
+                self.ledger.guard(pages, flag)
+            return
+        self.ledger.guard(pages, flag)
+        self.fences.append((flag, set(pages)))
 
     @precondition(lambda self: self.fences)
     @rule(data=st.data())

@@ -35,10 +35,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queued=st.sampled_from([2, 50]),
         patience_s=st.sampled_from([0.0, 0.05, 100.0]),
         scan_limit=st.sampled_from([1, 100]),
+        max_filling=st.sampled_from([0, 1, 16]),
         slow_release=st.booleans(),
+        reads=st.booleans(),
     )
-    def start(self, slow_release: bool, **numbers: float) -> None:
-        self.world = World(make_config(**numbers), slow_release=slow_release)
+    def start(self, slow_release: bool, reads: bool, **numbers: float) -> None:
+        self.world = World(make_config(**numbers), slow_release=slow_release, reads=reads)
 
     @rule(
         mode=st.sampled_from([Mode.LOCAL, Mode.LOCAL, Mode.PREFILL, Mode.RESERVE]),
@@ -52,6 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1]),
         local_below=st.sampled_from([0, 6]),
         follow=st.booleans(),
+        fills=st.booleans(),
     )
     def submit(
         self,
@@ -66,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         local_below: int,
         follow: bool,
+        fills: bool,
     ) -> None:
         index = len(self.world.requests)
         start = base[:shared]
@@ -83,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 arrival_s=now_s,
                 priority=priority,
                 local_below=local_below,
+                fills=fills,
             )
         )
 
@@ -112,6 +117,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def one_in(self, pick: int, *phases: Phase) -> RequestId | None:
         names = self.world.in_phase(*phases)
         return names[pick % len(names)] if names else None
+
+    @rule(pick=st.integers(0, 99), pages=st.sampled_from([0, 1, 2, 99]))
+    def fill(self, pick: int, pages: int) -> None:
+        if names := self.world.filling():
+            self.world.fill(names[pick % len(names)], pages)
+
+    @rule(pick=st.integers(0, 99))
+    def a_reader_ends(self, pick: int) -> None:
+        if reading := self.world.readers.open:
+            self.world.readers.finish(pick % len(reading))
+
+    @rule(unsent_tokens=st.sampled_from([0, 1 << 20]))
+    def network(self, unsent_tokens: int) -> None:
+        self.world.unsent_tokens = unsent_tokens
 
     @rule(pick=st.integers(0, 99))
     def receiving(self, pick: int) -> None:
@@ -149,7 +168,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.world.bring_home()
-        self.world.settle()
         self.world.check_end()
         assert {error.kind for error in self.world.ended.values() if error} <= KINDS
 
@@ -162,13 +180,14 @@ TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40
 def test_a_busy_hour_in_a_small_pool(seed: int) -> None:
     """Only load, no faults: everybody who is not refused gets all tokens, whatever it takes."""
     draw = random.Random(seed)
-    world = World(make_config(total_pages=20, rows=8, step_tokens=24, context_tokens=60, max_reserved=3))
+    config = make_config(total_pages=20, rows=8, step_tokens=24, context_tokens=60, max_reserved=3)
+    world = World(config, reads=bool(seed % 2))
     for index in range(60):
         base = draw.choice(BASES)[: draw.randrange(0, 30)]
         mode = draw.choice([Mode.LOCAL, Mode.LOCAL, Mode.LOCAL, Mode.RESERVE, Mode.PREFILL])
         tokens = [*base, *(draw.randrange(50) for _ in range(draw.randrange(1, 10)))]
         sampling = SamplingParams(max_tokens=draw.choice([1, 5, 20, 25]), ignore_eos=True)
-        world.submit(make_request(f"r{index}", tokens, mode=mode, sampling=sampling))
+        world.submit(make_request(f"r{index}", tokens, mode=mode, sampling=sampling, fills=index % 3 == 0))
         for _ in range(draw.randrange(0, 4)):
             world.iterate()
         if index % 8 == 7:

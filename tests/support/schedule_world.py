@@ -13,9 +13,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from support.schedule_readers import Readers
+
 from baton_common.clock import ManualClock
 from baton_common.errors import Aborted, BatonError, ErrorKind
-from baton_common.ids import PageId, RequestId, TransferId
+from baton_common.hashing import page_hashes, salted_root
+from baton_common.ids import PageHash, PageId, RequestId, TransferId
 from baton_engine.request import FinishReason, Mode, Phase, Request, SamplingParams
 from baton_engine.role import TokenOut
 from baton_engine.sched import records
@@ -32,6 +35,15 @@ GARBAGE = -1
 
 def chain(before: int, token: int) -> int:
     return hash((before, token))
+
+
+def chain_values(tokens: Sequence[int]) -> list[int]:
+    """The KV of each position."""
+    value, values = 0, []
+    for token in tokens:
+        value = chain(value, token)
+        values.append(value)
+    return values
 
 
 def next_token(value: int) -> int:
@@ -51,6 +63,7 @@ def make_request(
     local_below: int = 0,
     prompt_tokens: int | None = None,
     sampling: SamplingParams | None = None,
+    fills: bool = False,
 ) -> Request:
     return Request(
         request_id=RequestId(name),
@@ -64,6 +77,7 @@ def make_request(
         cache_salt=salt,
         transfer_id=None if mode is Mode.LOCAL else TransferId(f"t-{name}"),
         local_below_tokens=local_below,
+        fills=fills,
     )
 
 
@@ -121,24 +135,29 @@ class Launched:
 
 @dataclass
 class Handoff:
-    """What the fake peer knows of one PREFILL or RESERVE request."""
+    """What the fake peer knows of one PREFILL or RESERVE request, or of any that is filled."""
 
     request: Request
     pages: tuple[PageId, ...]
     first_missing: int = 0
+    filling: bool = False  # positions from first_missing on may be written until the fence
     received: bool = False
     frozen: dict[tuple[PageId, int], int] | None = None  # SENDING: what a late gather must still read
     fence: Flag | None = None
 
 
 class World:
-    def __init__(self, config: SchedulerConfig, *, slow_release: bool = False) -> None:
+    def __init__(self, config: SchedulerConfig, *, slow_release: bool = False, reads: bool = False) -> None:
         self.config = config
         self.slow_release = slow_release  # the answer to a KvRelease takes its time
         self.unanswered: list[RequestId] = []
         self.clock = ManualClock(1.0)
         self.scheduler = Scheduler(config)
         self.kv: dict[tuple[PageId, int], int] = {}
+        self.readers = Readers(config.hash_root, config.page_tokens, self.kv, chain_values)
+        if reads:
+            self.scheduler.tell_pages()
+        self.unsent_tokens = 0  # what the network still has to carry
         self.rows: dict[int, Row] = {}
         self.launched: deque[Launched] = deque()
         self.plans: list[StepPlan] = []
@@ -158,6 +177,7 @@ class World:
         self.outputs[request.request_id] = []
         if request.prompt_tokens > 0 and len(request.tokens) < self.scheduler.context_tokens:
             self.expected[request.request_id] = reference(request, self.scheduler.context_tokens)
+        self.scheduler.name_pages(request)
         self.scheduler.submit(request, self.clock.now())
         self.deliver()
 
@@ -168,7 +188,7 @@ class World:
     # ---- engine ---------------------------------------------------------------------------------------------------
     def plan(self) -> StepPlan | None:
         self.scheduler.retire(self.clock.now())
-        plan = self.scheduler.plan(self.clock.now())
+        plan = self.scheduler.plan(self.clock.now(), unsent_tokens=self.unsent_tokens)
         self.deliver()
         if plan is not None:
             self._inspect(plan)
@@ -208,6 +228,22 @@ class World:
             if self.iterate() is None and not self.launched and self.scheduler.sleep_s(self.clock.now()) != 0:
                 return
         raise AssertionError("the scheduler does not come to rest")
+
+    # ---- who fills ------------------------------------------------------------------------------------------------
+    def filling(self) -> list[RequestId]:
+        """Requests that wait for the answer to on_fill."""
+        return [name for name, handoff in self.handoffs.items() if handoff.filling and handoff.fence is None]
+
+    def fill(self, name: RequestId, pages: int) -> None:
+        """KV of so many more pages comes from elsewhere, or of as many as there are."""
+        handoff, page = self.handoffs.pop(name), self.config.page_tokens
+        tokens = handoff.request.tokens
+        end = min(handoff.first_missing + pages * page, (len(tokens) - 1) // page * page)
+        for position, value in enumerate(chain_values(tokens[:end])):
+            if position >= handoff.first_missing:
+                self.kv[self._slot(handoff.pages, position)] = value
+        self.scheduler.kv_filled(name, end, self.clock.now())
+        self.deliver()
 
     # ---- peer -----------------------------------------------------------------------------------------------------
     def receiving(self, name: RequestId) -> None:
@@ -249,7 +285,7 @@ class World:
         if handoff.frozen is not None:
             for slot, value in handoff.frozen.items():
                 assert self.kv.get(slot) == value, f"{name}: page {slot[0]} changed under a gather"
-        elif handoff.request.mode is Mode.RESERVE and not handoff.received:
+        elif handoff.filling or (handoff.request.mode is Mode.RESERVE and not handoff.received):
             for position in range(handoff.first_missing, len(handoff.request.tokens)):
                 self.kv[self._slot(handoff.pages, position)] = GARBAGE
         handoff.fence.up = True
@@ -280,12 +316,17 @@ class World:
 
     def _handle(self, outcome: records.Outcome) -> None:
         match outcome:
+            case records.FillWanted(request=request, pages=pages, hashes=hashes, have_tokens=have):
+                self._fill_wanted(request, pages, hashes, have)
+            case records.PagesShared(hashes=hashes, pages=pages, hold=hold):
+                hold.answer(self.readers.tell(hashes, pages, self.requests.values()))
             case records.Reserved(request=request, pages=pages, first_missing_token=first):
                 assert first % self.config.page_tokens == 0
                 assert first < len(request.tokens)
                 assert len(pages) == -(-len(request.tokens) // self.config.page_tokens)
                 self.handoffs[request.request_id] = Handoff(request, pages, first)
             case records.PrefillAdmitted(request=request, pages=pages, computed_tokens=computed):
+                assert not self.congested, "prefill runs ahead of the network"
                 self._verify(request.tokens[:computed], pages)
                 self.handoffs[request.request_id] = Handoff(request, pages)
             case records.TurnedLocal(request=request):
@@ -320,6 +361,22 @@ class World:
                 assert request.phase is Phase.FREED
                 assert request.request_id not in self.handoffs, "ended before its transfer was fenced"
                 self.ended[request.request_id] = error
+
+    @property
+    def congested(self) -> bool:
+        return self.unsent_tokens > self.config.unsent_steps * self.config.step_tokens
+
+    def _fill_wanted(
+        self, request: Request, pages: tuple[PageId, ...], hashes: tuple[PageHash, ...], have: int
+    ) -> None:
+        page, root = self.config.page_tokens, salted_root(self.config.hash_root, request.cache_salt)
+        assert request.fills
+        assert request.phase is Phase.FILLING
+        assert list(hashes) == page_hashes(root, request.tokens[:-1], page)
+        assert (have % page, len(pages)) == (0, -(-len(request.tokens) // page))
+        assert have < len(hashes) * page, "nothing is missing that could be filled"
+        self._verify(request.tokens[:have], pages)
+        self.handoffs[request.request_id] = Handoff(request, pages, have, filling=True)
 
     def _token(self, token: TokenOut) -> None:
         assert token.request_id not in self.ended, "a token after the end"
@@ -404,9 +461,14 @@ class World:
         assert self.scheduler.sleep_s(self.clock.now()) is None
 
     def bring_home(self, limit: int = 400) -> None:
-        """The peer and the device do all they owe; whatever still waits is aborted at last."""
+        """The peer, the network, readers and the device do all they owe."""
+        self.unsent_tokens = 0
         for _ in range(limit):
             self.settle()
+            for name in self.filling():
+                self.fill(name, 1)
+            while self.readers.open:
+                self.readers.finish(0)
             for name in self.in_phase(Phase.RESERVED, Phase.RECEIVING):
                 self.receive(name)
             for name in self.in_phase(Phase.SENDING):
@@ -416,6 +478,7 @@ class World:
             for name in self.fences():
                 self.finish_fence(name)
             if len(self.ended) == len(self.requests):
+                self.settle()
                 return
             self.clock.advance(0.01)
         raise AssertionError(f"never answered: {sorted(set(self.requests) - set(self.ended))}")
