@@ -24,6 +24,7 @@ from support.kv_tiers import (
     keys_of,
     metrics,
     value,
+    waited,
 )
 from support.kv_world import eventually
 
@@ -172,7 +173,7 @@ def test_a_chain_longer_than_the_pool_keeps_its_beginning() -> None:
 
 def test_pages_hold_still_until_the_copy_is_done() -> None:
     door = Door()
-    world = TierWorld(blocks=lambda blocks: Held(world_pool(blocks), door))
+    world = TierWorld(blocks=lambda pool: Held(pool, door))
     copy = world.stack.offload(chain(2), [PageId(0), PageId(1)])
     assert door.waiting.wait(5)
     assert not copy.done()
@@ -182,13 +183,9 @@ def test_pages_hold_still_until_the_copy_is_done() -> None:
     world.stack.close()
 
 
-def world_pool(blocks: Blocks) -> torch.Tensor:
-    return torch.from_numpy(blocks._pool).view(torch.bfloat16)
-
-
 def test_too_much_to_do_is_left_out_and_never_waited_for() -> None:
     door = Door()
-    world = TierWorld(blocks=lambda blocks: Held(world_pool(blocks), door), queue_pages=4)
+    world = TierWorld(blocks=lambda pool: Held(pool, door), queue_pages=4)
     first = world.stack.offload(chain(1), [PageId(0)])
     assert door.waiting.wait(5)
     second = world.stack.offload(chain(4, salt=1), [PageId(page) for page in range(4)])
@@ -217,7 +214,7 @@ def test_a_restore_that_finds_the_queue_full_restores_nothing() -> None:
 
 
 def test_a_pool_that_cannot_be_read_keeps_nothing() -> None:
-    with TierWorld(blocks=lambda blocks: Broken(world_pool(blocks), LAYOUT)) as world:
+    with TierWorld(blocks=lambda pool: Broken(pool, LAYOUT)) as world:
         assert world.offload(chain(2)).pages == 0
         assert world.restored(chain(2)) == 0
         assert value(world.metrics.skipped, "host", "copy") == 2
@@ -319,6 +316,68 @@ def test_a_failing_tier_is_a_miss() -> None:
         assert world.restored(chain(3)) == 3
 
 
+def test_a_tier_whose_call_takes_too_long_is_not_waited_for() -> None:
+    """The first prefetch waits until its deadline; later ones are over at once, with what the others have."""
+    door, hashes, clock = Door(), chain(4), ManualClock()
+    hangs = DictTier("a", before=lambda call: door.wait() if call == "has" else None)
+    works = DictTier("b", held={key: bytes(frame_of(key)) for key in keys_of(hashes)[:2]})
+    with TierWorld(hangs, works, clock=clock, slow_s=2.0) as world:
+        first = world.stack.prefetch(hashes, deadline_s=1.0)
+        assert door.waiting.wait(5)
+        clock.advance(3.0)
+        assert first.poll().over
+        assert [tier.reason for tier in world.stack.status()] == ["", "a call takes longer than 2.0 s", ""]
+        assert world.prefetch(hashes).poll().ready == 2
+        door.open()
+        eventually(lambda: world.stack.status()[1].reason.startswith("read: a read took 3.0 s"), "it is off")
+
+
+def test_a_ticket_says_when_it_is_over() -> None:
+    clock, door, hashes = SystemClock(), Door(), chain(2)
+    tier = DictTier(before=lambda call: door.wait() if call == "has" else None)
+    said: list[str] = []
+    with TierWorld(tier, clock=clock) as world:
+        late = world.stack.prefetch(hashes, deadline_s=clock.now() + 0.2)
+        late.on_over(lambda: said.append("late"))
+        taken = world.stack.prefetch(hashes, deadline_s=clock.now() + 0.2)
+        taken.on_over(lambda: said.append("taken"))
+        taken.release()
+        eventually(lambda: said == ["late"], "the deadline ends it, and nobody polled")
+        late.on_over(lambda: said.append("at once"))
+        assert said == ["late", "at once"]
+        door.open()
+        world.offload(hashes)
+        for ticket in (world.stack.prefetch(hashes, deadline_s=9e9), world.prefetch(chain(3))):
+            ticket.on_over(lambda: said.append("ready"))
+            ticket.release()
+        assert said == ["late", "at once", "ready", "ready"]
+
+
+def test_a_copy_says_when_it_is_done_and_holds_nothing_then() -> None:
+    door, hashes = Door(), chain(4)
+    free: list[int] = []
+    with TierWorld(host_pages=4, blocks=lambda pool: Held(pool, door)) as world:
+        copy = world.stack.offload(hashes, [PageId(page) for page in range(4)])
+        copy.on_done(lambda: free.append(len(world.stack._pool._idle)))
+        assert door.waiting.wait(5)
+        assert free == []
+        door.open()
+        eventually(lambda: free == [4], "all of its pages could make room")
+        copy.on_done(lambda: free.append(0))
+        assert free == [4, 0]
+
+
+def test_a_copy_that_is_cancelled_begins_no_further_page() -> None:
+    door = Door()
+    with TierWorld(blocks=lambda pool: Held(pool, door)) as world:
+        copy = world.stack.offload(chain(4), [PageId(page) for page in range(4)])
+        assert door.waiting.wait(5)
+        copy.cancel()
+        assert not copy.done()
+        door.open()
+        assert waited(copy).pages == 1
+
+
 # ---- sessions --------------------------------------------------------------------------------------------------------
 def test_a_pinned_turn_is_restored_after_much_else_was_used() -> None:
     turn, session = chain(4), SessionId("tenant", "chat")
@@ -337,7 +396,7 @@ def test_a_pinned_turn_is_restored_after_much_else_was_used() -> None:
 # ---- the end ---------------------------------------------------------------------------------------------------------
 def test_closing_writes_what_waits_and_copies_no_more() -> None:
     tier, door = DictTier(), Door()
-    world = TierWorld(tier, host_pages=40, blocks=lambda blocks: Held(world_pool(blocks), door))
+    world = TierWorld(tier, host_pages=40, blocks=lambda pool: Held(pool, door))
     first = world.stack.offload(chain(4), [PageId(page) for page in range(4)])
     second = world.stack.offload(chain(4, salt=1), [PageId(page) for page in range(4)])
     assert door.waiting.wait(5)
@@ -411,7 +470,8 @@ def test_the_configuration_names_the_tiers(tmp_path: Path) -> None:
 
 
 def test_blocks_must_make_digests_that_a_host_can_verify() -> None:
-    def other(blocks: Blocks) -> Blocks:
+    def other(pool: torch.Tensor) -> Blocks:
+        blocks = HostBlocks(pool, LAYOUT)
         blocks.digests = (MULTILINEAR,)
         return blocks
 

@@ -110,7 +110,7 @@ class TierWorld:
         *tiers: Tier,
         host_pages: int = 32,
         clock: Clock | None = None,
-        blocks: Callable[[Blocks], Blocks] = lambda blocks: blocks,
+        blocks: Callable[[torch.Tensor], Blocks] = lambda pool: HostBlocks(pool, LAYOUT),
         namespace: Namespace = NAMESPACE,
         **settings: float,
     ) -> None:
@@ -123,7 +123,7 @@ class TierWorld:
         self.stack = TierStack(
             tiers,
             namespace=namespace,
-            blocks=blocks(HostBlocks(self.pool, LAYOUT)),
+            blocks=blocks(self.pool),
             config=config,
             clock=self.clock,
             metrics=self.metrics,

@@ -12,8 +12,6 @@ from functools import partial
 
 from baton_common.ids import PageHash, PageId
 from baton_kvtransfer.blocks import Blocks
-from baton_kvtransfer.layout import PageLayout
-from baton_kvtransfer.plan import Block
 from baton_kvtransfer.tiers.frames import FrameFormat
 from baton_kvtransfer.tiers.lane import Lane
 from baton_kvtransfer.tiers.metrics import TierMetrics
@@ -27,7 +25,6 @@ class Copier:
     def __init__(
         self,
         blocks: Blocks,
-        layout: PageLayout,
         pool: HostPool,
         frames: FrameFormat,
         *,
@@ -43,14 +40,6 @@ class Copier:
         self._metrics = metrics
         self._closing = False
         self._lane = Lane("pool", most_urgent=most_pages, most_others=most_pages)
-        self._page = Block(
-            layer_begin=0,
-            layer_end=layout.layers,
-            head_begin=0,
-            head_end=layout.heads,
-            token_begin=0,
-            token_end=layout.page_tokens,
-        )
 
     def offload(self, todo: Sequence[tuple[PageHash, PageId]]) -> Copy:
         copy = Copy()
@@ -101,7 +90,7 @@ class Copier:
         key = self._format.key(frame.page)
         try:
             payload = self._format.payload(frame.view)
-            digest = self._blocks.gather(self._page, [page], payload, self._format.seal(key))
+            digest = self._blocks.gather(self._format.page, [page], payload, self._format.seal(key))
         except Exception:
             log.exception("a page of the pool could not be read")
             self._skip("copy")
@@ -128,7 +117,7 @@ class Copier:
         payload, seal = self._format.payload(frame.view), self._format.seal(self._format.key(frame.page))
         digest = self._format.digest(frame.view)
         try:
-            intact = self._blocks.scatter(self._page, [page], payload, seal, digest=digest, shared=False)
+            intact = self._blocks.scatter(self._format.page, [page], payload, seal, digest=digest, shared=False)
         except Exception:
             log.exception("a page of the pool could not be written")
             return False

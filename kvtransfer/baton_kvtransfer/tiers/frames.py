@@ -18,6 +18,7 @@ import xxhash
 from baton_common.ids import PageHash
 from baton_kvtransfer.blocks import XXH3, Seal
 from baton_kvtransfer.layout import PageLayout
+from baton_kvtransfer.plan import Block
 
 TierKey = NewType("TierKey", bytes)
 """16 bytes; names a page in every tier, also in one that other models and ranks share."""
@@ -45,12 +46,24 @@ class Namespace:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def whole_page(layout: PageLayout) -> Block:
+    return Block(
+        layer_begin=0,
+        layer_end=layout.layers,
+        head_begin=0,
+        head_end=layout.heads,
+        token_begin=0,
+        token_end=layout.page_tokens,
+    )
+
+
 class FrameFormat:
     """Of all pages of one namespace. A frame is HEADER_BYTES, then the payload."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace.digest()
-        self.payload_bytes = namespace.layout.page_bytes
+        self.page = whole_page(namespace.layout)
+        self.payload_bytes = self.page.bytes(namespace.layout)
         self.frame_bytes = HEADER_BYTES + self.payload_bytes
 
     def key(self, page: PageHash) -> TierKey:

@@ -77,7 +77,6 @@ class TierStack:
         )
         self._copier = Copier(
             blocks,
-            namespace.layout,
             self._pool,
             frames,
             most_pages=config.queue_pages,
