@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from support.chart import ROOT
@@ -43,6 +47,45 @@ def stages(name: str) -> list[list[Instruction]]:
     return found
 
 
+SYSTEM_LIBRARIES = stages("worker")[-1][2].rest  # the only command of a last stage; it brings no tool
+
+
+def installed(folder: Path, extras: str) -> list[str]:
+    """What the worker's last stage installs, by its own shell line, with an apt-get that only writes down."""
+    said = folder / "said"
+    stub = folder / "apt-get"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    stub.chmod(0o755)
+    line = SYSTEM_LIBRARIES.replace("rm -rf /var/lib/apt/lists/*", "true")
+    environment = {"EXTRAS": extras, "PATH": f"{folder}:/usr/bin:/bin"}
+    subprocess.run(["sh", "-e", "-c", line], env=environment, check=True, timeout=30)
+    words = said.read_text().split() if said.exists() else []
+    return [word for word in words if word not in ("update", "install") and not word.startswith("-")]
+
+
+def test_libraries_of_the_system_come_with_the_extra_that_links_to_them(tmp_path: Path) -> None:
+    for number, extras in enumerate(("worker", "worker nixl", "worker mooncake", "worker nixl mooncake")):
+        (folder := tmp_path / str(number)).mkdir()
+        wanted = {"libcurl4", "libibverbs1", "ibverbs-providers", "libnuma1"} if "mooncake" in extras else set()
+        assert set(installed(folder, extras)) == wanted
+
+
+def test_no_library_that_mooncake_links_to_is_forgotten(tmp_path: Path) -> None:
+    """Of the installed wheel: what it needs beyond glibc, the compiler's runtime and what it brings itself."""
+    spec = find_spec("mooncake")
+    readelf = shutil.which("readelf")
+    if spec is None or not spec.submodule_search_locations or readelf is None:
+        pytest.skip("Mooncake or readelf is not installed")
+    package = Path(spec.submodule_search_locations[0])
+    own = [*package.glob("*.so"), *package.parent.glob("mooncake_transfer_engine*.libs/*")]
+    told = subprocess.run([readelf, "-d", *map(str, own)], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", told)) - {file.name for file in own}
+    base = re.compile(r"lib(c|m|dl|rt|pthread|resolv|gcc_s|stdc\+\+)\.so.*|ld-linux.*")
+    packages = {re.sub(r"\.so\.(\d+)$", r"\1", name) for name in needed if not base.fullmatch(name)}
+    assert packages
+    assert packages <= set(installed(tmp_path, "worker mooncake"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_base_is_pinned_by_tag_and_digest(name: str) -> None:
     bases = [rest.split("=", 1)[1] for rest in of(name, "ARG") if rest.startswith("PYTHON_IMAGE=")]
@@ -62,7 +105,8 @@ def test_the_last_stage_has_a_numeric_user_and_no_tools(name: str) -> None:
     build, last = stages(name)
     (user,) = [instruction.rest for instruction in last if instruction.word == "USER"]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)  # a name would not pass runAsNonRoot
-    assert not [instruction for instruction in last if instruction.word in ("RUN", "ADD")]
+    commands = [instruction.rest for instruction in last if instruction.word in ("RUN", "ADD")]
+    assert commands == [SYSTEM_LIBRARIES] * (name == "worker")
     assert [i.rest for i in last if i.word == "COPY"] == ["--from=build /opt/baton /opt/baton"]
     assert [i for i in build if i.word == "RUN"]
 
