@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from baton_common.errors import BatonError
 from baton_router.fleet import Fleet
-from baton_router.flight import Flight, Order
+from baton_router.flight import Flight
 from baton_router.metrics import RouterMetrics
+from baton_router.order import Order
 from baton_router.output import ChoiceOutput
 
 SHARED_PROMPT_TOKENS = 128

@@ -19,7 +19,7 @@ from baton_common.telemetry import Attributes
 from baton_proto import worker_pb2 as wire
 from baton_proto.common_pb2 import Compat
 from baton_router.links import Link, LinkState
-from baton_router.policy import Need, Refusal, WorkerRole, WorkerView, choose
+from baton_router.policy import Need, Refusal, WorkerRole, WorkerView, choose, choose_target
 from baton_router.tokens import Prompt
 
 _ROLES = {
@@ -44,7 +44,7 @@ class Assignment:
     def told(self, how: str) -> Attributes:
         """For spans; `how` as in RouterMetrics.placed."""
         facts = {"baton.placement": how, "baton.decode_worker": self.decode_key}
-        return {**facts, "baton.prefill_worker": self.prefill_key} if how == "handoff" else facts
+        return {**facts, "baton.prefill_worker": self.prefill_key} if how in ("handoff", "move") else facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +150,25 @@ class Fleet:
             prefill_key=found.prefill or "",
             prefill_tokens=max(tokens - prefill.matched_pages * prefill.page_tokens, 1) if prefill else 0,
             role=decode.role,
+        )
+
+    def choose_target(self, prompt: Prompt, tokens: int, source: Link, avoid: set[str]) -> Assignment | None:
+        """Another decode worker for a request of `tokens` positions that `source` decodes and will hand over."""
+        up = {link.key: link for link in self.links if link.up or link is source}
+        views = {key: _view(link, prompt) for key, link in up.items()}
+        need = Need(tokens=tokens, local_below_tokens=0, failed=frozenset(avoid))
+        key = choose_target(views.values(), views[source.key], need, self._turn)
+        if key is None:
+            return None
+        self._turn += 1
+        return Assignment(
+            decode=up[key],
+            decode_key=key,
+            decode_tokens=max(tokens - views[key].matched_pages * views[key].page_tokens, 1),
+            prefill=source,
+            prefill_key=source.key,
+            prefill_tokens=1,
+            role=views[key].role,
         )
 
     def on_next_change(self, wake: Callable[[], None]) -> None:

@@ -2,10 +2,14 @@
 
     SEEKING -> RESERVING -> PREFILLING -> HANDOVER -> DECODING -> ENDED
     SEEKING -> DECODING (LOCAL: decode or a colocated worker does the prompt itself), RESERVING -> DECODING (same)
+    DECODING -> MOVING (its worker drains, another is asked for room) -> DECODING (no room: stay)
+    MOVING -> PREFILLING: decode goes to the other worker, and the one that drains prefills from its own cache
     any but ENDED -> SEEKING (a worker failed: next attempt, with the outputs so far as part of the tokens) or ENDED
 
 Invariants: the sink hears each output position once and in order, then one end: a token with a finish reason, or an
-error. At most one leg per role is open; none after ENDED. Event-driven, no task: links call in, one timer per wait.
+error. At most one leg per role is open, and one reservation while MOVING; none after ENDED. A token that is made twice,
+because the old worker decoded while the new one reserved, must be the same. Event-driven, no task: links call in, one
+timer per wait.
 It does not know text, JSON or HTTP.
 """
 
@@ -13,20 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import Enum
 from typing import Protocol
 
 from baton_common.errors import BatonError, DeadlineExceeded, Draining, ErrorKind, Overloaded
-from baton_common.hashing import token_bytes
-from baton_common.telemetry import UNRECORDED, Span
 from baton_proto import worker_pb2 as wire
 from baton_router.fleet import Assignment, Fleet
 from baton_router.links import Leg, Token, WorkerLost
 from baton_router.metrics import RouterMetrics
+from baton_router.moving import Move
+from baton_router.order import Order, submission
 from baton_router.policy import Refusal, WorkerRole
-from baton_router.tokens import Prompt
 
 log = logging.getLogger("baton.router.flight")
 
@@ -45,6 +47,7 @@ class Phase(Enum):
     PREFILLING = "prefilling"
     HANDOVER = "handing over to decode"
     DECODING = "decoding"
+    MOVING = "decoding, and reserving on another decode worker"
     ENDED = "ended"
 
 
@@ -53,7 +56,8 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.RESERVING: frozenset({Phase.PREFILLING, Phase.DECODING, Phase.SEEKING, Phase.ENDED}),
     Phase.PREFILLING: frozenset({Phase.HANDOVER, Phase.SEEKING, Phase.ENDED}),
     Phase.HANDOVER: frozenset({Phase.DECODING, Phase.SEEKING, Phase.ENDED}),
-    Phase.DECODING: frozenset({Phase.SEEKING, Phase.ENDED}),
+    Phase.DECODING: frozenset({Phase.MOVING, Phase.SEEKING, Phase.ENDED}),
+    Phase.MOVING: frozenset({Phase.DECODING, Phase.PREFILLING, Phase.SEEKING, Phase.ENDED}),
     Phase.ENDED: frozenset(),
 }
 
@@ -67,48 +71,6 @@ class Sink(Protocol):
 
     def on_output(self, token: Token) -> None: ...
     def on_error(self, error: BatonError) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What is flown. Times on the event loop's clock."""
-
-    request_id: str
-    prompt: Prompt
-    sampling: wire.Sampling
-    deadline_s: float
-    worker_wait_s: float
-    resume_wait_s: float
-    local_below_tokens: int
-    priority: int = 0
-    span: Span = UNRECORDED
-    """Hears where the request went; its name is handed on to the workers."""
-    keep: wire.KvKeep | None = None
-
-
-def submission(
-    order: Order, mode: wire.SubmitMode, *, outputs: Sequence[int], now_s: float, ticket: wire.Ticket | None = None
-) -> wire.Submit:
-    """What one worker is told of an order; `outputs` are the tokens made so far, elsewhere."""
-    left_ms = max(int((order.deadline_s - now_s) * 1000), 1)
-    message = wire.Submit(
-        request_id=order.request_id,
-        mode=mode,
-        tokens=order.prompt.raw + token_bytes(outputs) if outputs else order.prompt.raw,
-        prompt_tokens=len(order.prompt.ids),
-        sampling=order.sampling,
-        deadline_ms=min(left_ms, 2**32 - 1),
-        cache_salt=order.prompt.cache_salt,
-        traceparent=order.span.traceparent,
-        priority=order.priority,
-    )
-    if mode == wire.SUBMIT_MODE_RESERVE:
-        message.local_below_tokens = order.local_below_tokens
-    if order.keep is not None and mode != wire.SUBMIT_MODE_PREFILL:  # kept where the request ends
-        message.keep.CopyFrom(order.keep)
-    if ticket is not None:
-        message.ticket.CopyFrom(ticket)
-    return message
 
 
 class Flight:
@@ -126,6 +88,8 @@ class Flight:
         self._decode: Leg | None = None
         self._prefill: Leg | None = None
         self._assigned: Assignment | None = None
+        self._move = Move(order, fleet, self)
+        self._moving = False  # the other worker has room, and has made no token yet
         self._gone: set[str] = set()  # worker keys that drain: they do not come back
         self._failed: set[str] = set()  # worker keys that failed this request lately
         self._busy: dict[str, int] = {}  # worker keys that refused for load -> retry after, ms
@@ -229,6 +193,7 @@ class Flight:
             if self._failures >= MAX_FAILURES:
                 self._fail(BatonError(f"gave up after {self._failures} attempts; last: {error}", kind=error.kind))
                 return
+        self._moved("failed")
         self._metrics.retried("lost" if isinstance(error, WorkerLost) else error.kind.value)
         self._order.span.event("retry", {"baton.worker": worker, "baton.error": error.message})
         log.warning(
@@ -266,9 +231,11 @@ class Flight:
         elif leg is not self._decode:
             return
         expected = len(self._outputs)
-        if token.position != expected:
-            if token.position > expected:
-                self._early[token.position] = token
+        if token.position > expected:
+            self._early[token.position] = token
+            return
+        if token.position < expected:
+            self._compare(token)
             return
         self._accept(token, from_prefill=leg is self._prefill)
         while (follower := self._early.pop(len(self._outputs), None)) is not None:
@@ -276,6 +243,7 @@ class Flight:
             self._accept(follower, from_prefill=False)
         if self.phase is Phase.HANDOVER and leg is self._decode:
             self._advance(Phase.DECODING)
+            self._moved("moved")
             self._stop_waiting()
             if self._prefill is not None:
                 self._prefill.release()
@@ -323,9 +291,53 @@ class Flight:
         if isinstance(self._choose({*self._failed, *self._gone, blamed}, set()), Assignment):
             self._retry(BatonError(f"worker {blamed} is silent"), blamed)
 
+    def on_draining(self, leg: Leg) -> None:
+        """The worker wants to be empty soon, and says so again and again. Without outputs there is little to save."""
+        movable = leg is self._decode and self.phase is Phase.DECODING and self._outputs
+        if movable and self._move.begin(leg.link, self._outputs, self._failed | self._gone):
+            self._advance(Phase.MOVING)
+
     def on_defect(self, leg: Leg) -> None:
         if self.phase is not Phase.ENDED:
             self._fail(BatonError("internal error of the router; its log has the details"))
+
+    # ---- from the move
+
+    def on_room(self, found: Assignment, target: Leg, ticket: wire.Ticket, outputs: int) -> None:
+        """Decode goes to `target`. Its old worker has nearly all of the KV in its cache, and hands it over."""
+        assert self.phase is Phase.MOVING, self.phase
+        assert self._decode is not None, "it still decodes"
+        assert found.prefill is not None, "the worker that drains"
+        self._decode.abort("moves to another decode worker")
+        self._assigned, self._decode, self._moving = found, target, True
+        self._early.clear()
+        if ticket.local:
+            self._placed("local_short")
+            self._advance(Phase.DECODING)
+            self._moved("moved")
+            return
+        self._placed("move")
+        self._advance(Phase.PREFILLING)
+        sent, now_s = self._outputs[:outputs], self._loop.time()
+        prefill = submission(self._order, wire.SUBMIT_MODE_PREFILL, outputs=sent, now_s=now_s, ticket=ticket)
+        self._prefill = found.prefill.submit(prefill, self, 0)
+
+    def on_no_room(self, error: BatonError) -> None:
+        log.info("stays where it is: %s", error, extra={"request": self._order.request_id})
+        self._metrics.migrated("refused")
+        self._advance(Phase.DECODING)
+
+    def _compare(self, token: Token) -> None:
+        """Made before; by another worker if the request moved. An answer that forks there must not go on."""
+        if self._moving and (token.finish or token.token_id != self._outputs[token.position]):
+            assert self._assigned is not None
+            fork = BatonError(f"output {token.position} came out differently after the move")
+            self._retry(fork, self._assigned.decode_key)
+
+    def _moved(self, outcome: str) -> None:
+        if self._moving:
+            self._moving = False
+            self._metrics.migrated(outcome)
 
     # ---- ends and waits
 
@@ -358,6 +370,7 @@ class Flight:
             elif leg is not None:
                 leg.release()
         self._decode = self._prefill = None
+        self._move.stop(abort_reason or "the answer is complete")
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:

@@ -76,6 +76,7 @@ class LegEvents(Protocol):
     def on_token(self, leg: Leg, token: Token) -> None: ...
     def on_failed(self, leg: Leg, error: BatonError) -> None: ...
     def on_silent(self, leg: Leg) -> None: ...
+    def on_draining(self, leg: Leg) -> None: ...
     def on_defect(self, leg: Leg) -> None: ...
 
 
@@ -355,6 +356,9 @@ class Link:
         self.load = load
         if drained:
             self._on_change()
+        if load.draining:  # again with each report: room elsewhere may appear later
+            for leg in list(self._legs.values()):
+                self._tell(leg, leg.events.on_draining)
 
     def _want_snapshot(self) -> None:
         self._snapshot_wanted = True

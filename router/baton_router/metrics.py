@@ -81,6 +81,7 @@ class RouterMetrics:
         self.disconnects = self._counter("client_disconnects", "clients that left before the end")
         self._retries = self._counter("retries", "attempts that had to be repeated", "reason")
         self._placed = self._counter("placed", "attempts by how the prompt was computed", "how")
+        self._migrations = self._counter("migrations", "moves away from decode workers that drain", "outcome")
         self.ttft = Latency(self.registry, "baton_router_ttft_seconds", "arrival to first token", _TTFT_S)
         self.itl = Latency(self.registry, "baton_router_itl_seconds", "between two tokens of a choice", _ITL_S)
         self.e2e = Latency(self.registry, "baton_router_request_seconds", "arrival to end of answer", _E2E_S)
@@ -107,8 +108,13 @@ class RouterMetrics:
         self._retries.labels(reason).inc()
 
     def placed(self, how: str) -> None:
-        """`handoff`: prefill worker; `local_short`: decode, little was uncached; `local`: nobody else could."""
+        """`handoff`: prefill worker; `move`: decode worker that drains; `local_short`: decode, little was uncached;
+        `local`: nobody else could."""
         self._placed.labels(how).inc()
+
+    def migrated(self, outcome: str) -> None:
+        """`moved`: decodes elsewhere, nothing was computed twice; `refused`: stays for now; `failed`: was retried."""
+        self._migrations.labels(outcome).inc()
 
     def watch_endpoints(self, count: Callable[[], int]) -> None:
         """Asked at each scrape."""

@@ -78,6 +78,19 @@ def choose(views: Iterable[WorkerView], need: Need, turn: int) -> Pair | Refusal
     return min(pairs, key=lambda pair: pair.cost_ms) if pairs else Refusal.OVERLOADED
 
 
+def choose_target(views: Iterable[WorkerView], source: WorkerView, need: Need, turn: int) -> str | None:
+    """The best decode worker to take over what `source` decodes; None when none fits or has the pages for it."""
+    fitting = [
+        view
+        for view in views
+        if view.role is WorkerRole.DECODE and view.compat == source.compat and not view.draining
+        if view.key != source.key and view.key not in need.failed and _short_pages(view, need) == 0
+    ]
+    if source.role is not WorkerRole.DECODE or not fitting:
+        return None
+    return min(_rotate(fitting, turn), key=lambda view: _decode_ms(view, need)).key
+
+
 def _best_for(decode: WorkerView, prefills: Sequence[WorkerView], need: Need, turn: int) -> Pair | None:
     """The cheapest pair with this decode worker; None when every prefill worker that fits it is busy."""
     alone = Pair(decode=decode.key, prefill=None, cost_ms=_decode_ms(decode, need) + _prefill_ms(decode, need))
@@ -112,10 +125,15 @@ def _prefill_ms(view: WorkerView, need: Need) -> float:
 def _decode_ms(view: WorkerView, need: Need) -> float:
     """Every running request makes ours a little slower; too few pages would mean waiting for somebody's end."""
     step_ms = view.step_ms or DEFAULT_STEP_MS
-    pages = -(-_uncached(view, need) // view.page_tokens)
-    shortage = PAGE_SHORTAGE_MS if view.total_pages and pages > view.free_pages else 0.0
+    shortage = PAGE_SHORTAGE_MS if _short_pages(view, need) else 0.0
     used = 1.0 - view.free_pages / view.total_pages if view.total_pages else 0.0
     return view.running * step_ms * 0.25 + used * step_ms + shortage
+
+
+def _short_pages(view: WorkerView, need: Need) -> int:
+    """Pages that are missing there now, as far as it has said how many it has."""
+    pages = -(-_uncached(view, need) // view.page_tokens)
+    return max(pages - view.free_pages, 0) if view.total_pages else 0
 
 
 def _rotate(views: Sequence[WorkerView], turn: int) -> list[WorkerView]:

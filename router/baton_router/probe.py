@@ -21,8 +21,8 @@ from baton_common.errors import BatonError, ErrorKind
 from baton_common.hashing import token_bytes
 from baton_proto import worker_pb2 as wire
 from baton_proto.common_pb2 import Compat
-from baton_router.flight import Order, submission
 from baton_router.links import Leg, Link, Token
+from baton_router.order import Order, submission
 from baton_router.tokens import Prompt
 
 log = logging.getLogger("baton.router.probe")
@@ -155,6 +155,9 @@ class _Run:
             self._on_deadline()
         else:
             self._end("busy" if error.kind in _FULL else "failed", f"{role} worker {name}: {error.message}")
+
+    def on_draining(self, leg: Leg) -> None:
+        """What was begun may end."""
 
     def on_silent(self, leg: Leg) -> None:
         role, name = ("prefill", self._names[0]) if leg is self._prefill else ("decode", self._names[1])

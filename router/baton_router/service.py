@@ -26,10 +26,10 @@ from baton_router.config import RouterConfig
 from baton_router.departure import RETRY_AFTER_MS, Departure
 from baton_router.detokenise import Vocabulary
 from baton_router.fleet import Fleet
-from baton_router.flight import Order
 from baton_router.keys import ApiKeys
 from baton_router.membership import Membership
 from baton_router.metrics import UNKNOWN_ROLE, RouterMetrics
+from baton_router.order import Order
 from baton_router.output import ChoiceOutput
 from baton_router.sampling import ModelLimits, chat_sampling, completion_sampling, for_choice
 from baton_router.schema import ChatRequest, CompletionRequest, Generation, parse_chat, parse_completion

@@ -14,8 +14,9 @@ from baton_common.errors import BatonError, DeadlineExceeded, ErrorKind, Overloa
 from baton_common.hashing import HASH_BYTES, page_hashes, token_bytes, tokens_from_bytes
 from baton_common.ids import PageHash
 from baton_proto import worker_pb2 as wire
-from baton_router.flight import MAX_FAILURES, Flight, NoWorker, Order
+from baton_router.flight import MAX_FAILURES, Flight, NoWorker
 from baton_router.links import SUSPECT_S, Token
+from baton_router.order import Order
 from baton_router.tokens import Prompt
 
 PROMPT = list(range(100, 150))
