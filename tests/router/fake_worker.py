@@ -82,6 +82,7 @@ class Script:
     fail_after_tokens: tuple[int, common_pb2.Error] | None = None
     silent: bool = False  # sends nothing any more, like a stopped process
     hold: bool = False  # makes no tokens, but reports load
+    hold_tickets: bool = False  # reservations are answered by `give_tickets`
     hold_handoff: bool = False  # prefill: token #1 is told to the router, the KV never arrives
 
 
@@ -112,6 +113,7 @@ class FakeWorker(rpc.WorkerServicer):
         self.messages = 0
         self.streams: list[Stream] = []
         self.running: list[Running] = []
+        self.held_tickets: list[tuple[Stream, wire.Ticket]] = []
         self.address = ""
         self._port = port
         self._lives = itertools.count(1)
@@ -215,13 +217,21 @@ class FakeWorker(rpc.WorkerServicer):
                 return
             transfer = f"{self.incarnation}-{next(self.cluster.counter)}"
             self.cluster.reserved[transfer] = (self, item)
-            stream.send(ticket=wire.Ticket(
+            ticket = wire.Ticket(
                 handle=item.handle, transfer_id=transfer, peer_address="fake", incarnation=self.incarnation,
                 compat=self.compat,
-            ))  # fmt: skip
+            )  # fmt: skip
+            self.held_tickets.append((stream, ticket))
+            if not self.script.hold_tickets:
+                self.give_tickets()
             return
         item.one_only = submit.mode == wire.SUBMIT_MODE_PREFILL
         self.running.append(item)
+
+    def give_tickets(self) -> None:
+        for stream, ticket in self.held_tickets:
+            stream.send(ticket=ticket)
+        self.held_tickets.clear()
 
     # ---- steps
 
