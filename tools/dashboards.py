@@ -166,10 +166,59 @@ HANDOFF = Dashboard(
                 ("fences", rate("baton_kvtransfer_fences_total")),
                 ("requests waiting for KV", "sum(baton_engine_reserved_requests{<S>})"))),
         )),
+        ("Back-pressure and moves", (
+            Panel(title="Computed and not yet sent", queries=(
+                ("{{pod}}", "sum by (pod) (baton_engine_unsent_tokens{<S>})"),),
+                text="Tokens whose KV waits for the network. While it stays high, prefill workers compute less."),
+            Panel(title="Requests by what they wait for", stacked=True, queries=(
+                ("KV of a prefill worker", "sum(baton_engine_reserved_requests{<S>})"),
+                ("KV of tiers or of the decode worker", "sum(baton_engine_filling_requests{<S>})"),
+                ("the end of their handoff", "sum(baton_engine_sending_requests{<S>})"))),
+            Panel(title="Requests that move when a decode worker leaves", unit="ops", stacked=True, queries=(
+                ("{{outcome}}", rate("baton_router_migrations_total", by="outcome")),),
+                text="moved: nothing was computed twice; refused: it stays for now; failed: it was computed again."),
+        )),
     ),
 )  # fmt: skip
 
-DASHBOARDS = {"service": OVERVIEW, "handoff": HANDOFF}
+CACHE = Dashboard(
+    uid="baton-cache",
+    title="Baton / KV cache tiers",
+    text="KV that is kept below the pools: host memory, disk, Mooncake store. Empty without spec.cache.",
+    rows=(
+        ("Now", (
+            Panel(title="Host memory", kind="stat", unit="bytes", width=6,
+                  queries=(("", 'sum(baton_tier_stored_bytes{tier="host",<S>})'),)),
+            Panel(title="Disk and store", kind="stat", unit="bytes", width=6,
+                  queries=(("{{tier}}", 'sum by (tier) (baton_tier_stored_bytes{tier!="host",<S>})'),)),
+            Panel(title="Pages of sessions", kind="stat", width=6, queries=(("", "sum(baton_tier_pinned_pages{<S>})"),),
+                  text="Kept by clients for the next turn."),
+            Panel(title="Tiers that are off", kind="stat", width=6,
+                  queries=(("", "sum(max by (pod, tier) (baton_tier_off{<S>}))"),)),
+        )),
+        ("What it gives", (
+            Panel(title="Pages found", unit="ops", stacked=True, queries=(
+                ("{{tier}}", rate("baton_tier_hits_total", by="tier")),)),
+            Panel(title="Pages asked for and not found", unit="ops", queries=(
+                ("{{tier}}", rate("baton_tier_misses_total", by="tier")),),
+                text="Every prompt that is new misses; what counts is how often pages are found."),
+            Panel(title="Bytes into and out of tiers", unit="Bps", queries=(
+                ("{{tier}} {{direction}}", rate("baton_tier_bytes_total", by="tier, direction")),)),
+        )),
+        ("What is lost", (
+            Panel(title="Pages not kept", unit="ops", stacked=True, queries=(
+                ("{{tier}} {{reason}}", rate("baton_tier_skipped_total", by="tier, reason")),),
+                text="queue: too much to do; room: all of the host pool is in use; refused: the tier has no room."),
+            Panel(title="Pages that made room", unit="ops", queries=(
+                ("{{tier}}", rate("baton_tier_evictions_total", by="tier")),)),
+            Panel(title="Failed calls and damaged pages", unit="ops", queries=(
+                ("{{tier}} {{call}} failed", rate("baton_tier_faults_total", by="tier, call")),
+                ("{{tier}} damaged", rate("baton_tier_digest_failures_total", by="tier")))),
+        )),
+    ),
+)  # fmt: skip
+
+DASHBOARDS = {"service": OVERVIEW, "handoff": HANDOFF, "cache": CACHE}
 
 
 def document(board: Dashboard) -> dict[str, Json]:

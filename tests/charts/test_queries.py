@@ -15,6 +15,7 @@ from support.chart import CHART, ROOT, Query, alert_queries, alert_rules, dashbo
 
 from baton_engine.engine import EngineStats
 from baton_kvtransfer.metrics import TransferMetrics
+from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_operator.metrics import OperatorMetrics
 from baton_router.metrics import RouterMetrics
 from baton_worker.state import EngineMetrics
@@ -31,6 +32,7 @@ def emitted() -> dict[str, frozenset[str]]:
     router, transfer, engine, operator = RouterMetrics(), CollectorRegistry(), CollectorRegistry(), CollectorRegistry()
     router.watch_workers(lambda: [("10.0.0.1:9000", "prefill", True)])
     TransferMetrics(transfer)
+    TierMetrics(transfer)
     stats = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
     engine.register(EngineMetrics(lambda: SimpleNamespace(**stats), lambda: 0, lambda: {("op", "torch"): 1}))  # type: ignore[arg-type,return-value]
     OperatorMetrics(operator)

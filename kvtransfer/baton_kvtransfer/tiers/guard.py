@@ -45,6 +45,7 @@ class Guard:
         self._off_until_s: dict[Call, float | None] = {"read": None, "write": None}
         self._why: dict[Call, str] = {"read": "", "write": ""}
         self._began_s: float | None = None  # of the call that runs
+        metrics.begin(tier.name, calls=("read", "write"), reasons=("queue", "refused"))
 
     # ---- any thread --------------------------------------------------------------------------------------------------
     @property

@@ -6,6 +6,8 @@ host pool is in use), "refused" (the tier has no room), "copy" (the pool could n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
@@ -29,3 +31,15 @@ class TierMetrics:
         self.off = gauge("off", "1 while a tier is left alone after a failure", "tier", "call")
         self.stored = gauge("stored_bytes", "That a tier takes of this machine", "tier")
         self.pinned = gauge("pinned_pages", "Pages that sessions hold in the host pool")
+
+    def begin(self, tier: str, *, calls: Sequence[str], reasons: Sequence[str]) -> None:
+        """Its series at zero: a counter that appears with its first event shows no rise."""
+        for counter in (self.hits, self.misses, self.evictions, self.damaged):
+            counter.labels(tier)
+        for direction in ("in", "out"):
+            self.bytes.labels(tier, direction)
+        for reason in reasons:
+            self.skipped.labels(tier, reason)
+        for call in calls:
+            self.faults.labels(tier, call)
+            self.off.labels(tier, call).set(0)

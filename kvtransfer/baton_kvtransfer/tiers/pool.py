@@ -81,6 +81,7 @@ class HostPool:
         self._metrics = metrics
         self._lock = threading.Lock()
         metrics.stored.labels("host").set(count * stride)
+        metrics.begin("host", calls=(), reasons=("queue", "room", "copy"))
 
     @property
     def frames(self) -> int:

@@ -53,7 +53,9 @@ class Mooncake(Strict):
 class Sessions(Strict):
     """What clients may keep by `cache_control` for the next turn of a conversation."""
 
-    quota: Annotated[Quantity, Field(description="of one tenant, in the host memory of each worker; without sessions: half of it")]
+    quota: Annotated[
+        Quantity, Field(description="of one tenant, in the host memory of each worker; without sessions: half of it")
+    ]
 
 
 class Cache(Strict):
