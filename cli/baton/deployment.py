@@ -39,6 +39,7 @@ class Deployment:
     context_tokens: int | None = None
     wire: str | None = None
     tiers: Tiers | None = None    # of each worker; a StorageClass says nothing here
+    collector: str | None = None  # of spans, a URL
     config: Path | None = None    # YAML with sections of settings, handed to every process
 
     def __post_init__(self) -> None:
@@ -84,7 +85,9 @@ class Deployment:
             for (name, role, program), address in zip(self._worker_names(), addresses, strict=True)
         ]  # fmt: skip
         listen = f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
-        flags = ("--model", self.model, "--served-name", self.served_name, "--listen", listen)
+        flags = ["--model", self.model, "--served-name", self.served_name, "--listen", listen]
+        if self.collector is not None:
+            flags += ["--otlp-endpoint", self.collector]
         router = Command(
             name="router", role="router",
             argv=(str(scripts / "baton-router"), *flags, "--workers", ",".join(addresses), *self._config_flag()),
@@ -120,6 +123,7 @@ class Deployment:
             "threads": str(threads),
             "wire": self.wire,
             "tiers": None if self.tiers is None else tiers_text(self.tiers, str(pages / name)),
+            "otlp-endpoint": self.collector,
             "dump-dir": str(logs),
         }
         given = ((f"--{flag}", value) for flag, value in flags.items() if value is not None)

@@ -81,6 +81,7 @@ def deployment(options: UpOptions) -> Deployment:
         context_tokens=options.context_tokens or (spec.model.context_tokens if spec else None),
         wire=_available(options.wire or (spec.transport.wire if spec else None)),
         tiers=tiers(spec.cache) if spec else None,
+        collector=spec.tracing.endpoint if spec and spec.tracing else None,
         config=options.config,
     )
 

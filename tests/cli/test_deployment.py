@@ -82,7 +82,7 @@ def test_workers_share_the_cores_between_them(cores: int, threads: str) -> None:
 
 def test_what_was_not_asked_for_is_left_to_the_components() -> None:
     made = commands(Deployment(model="/m", served_name="m"), (5, 6))
-    optional = ("device", "dtype", "kv-dtype", "context-tokens", "wire", "tiers")
+    optional = ("device", "dtype", "kv-dtype", "context-tokens", "wire", "tiers", "otlp-endpoint")
     assert {flag(made["decode-0"], name) for name in optional} == {None}
     asked = commands(Deployment(model="/m", served_name="m", wire="tcp", dtype="float32", context_tokens=512), (5, 6))
     assert flag(asked["prefill-0"], "wire") == "tcp"
@@ -97,6 +97,13 @@ def test_every_worker_keeps_pages_in_a_folder_of_its_own() -> None:
     assert texts == [f"host=1GiB,file=/kv/{name}:9GiB" for name in ("prefill-0", "prefill-1", "decode-0")]
     assert all(parse_tiers(text or "").folder_bytes == 9 << 30 for text in texts)
     assert flag(made["router"], "tiers") is None
+
+
+def test_spans_of_every_process_go_to_the_collector_of_the_file(service: Path) -> None:
+    service.write_text(f"{SERVICE}  tracing: {{endpoint: 'http://localhost:4318'}}\n")
+    wanted = deployment(UpOptions(target=str(service)))
+    made = commands(wanted, (5, 6, 7))
+    assert {flag(command, "otlp-endpoint") for command in made.values()} == {"http://localhost:4318"}
 
 
 def test_a_settings_file_reaches_every_process() -> None:

@@ -52,6 +52,7 @@ SPECS = st.fixed_dictionaries(
             {"hostMemory": "8Gi"}, {"hostMemory": "64Mi", "disk": {"size": "1Gi"}},
             {"hostMemory": "1.5Gi", "mooncake": {"master": "m.ns.svc:50051"}, "sessions": {"quota": "100M"}},
         ]),
+        "tracing": st.just({"endpoint": "http://collector.monitoring:4318"}),
         "slo": st.sampled_from([{"itlMs": 20}, {"ttftMs": 500}]),
         "router": st.just({"apiKeysSecret": "keys"}),
     },

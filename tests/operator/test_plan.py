@@ -406,6 +406,18 @@ def test_everything_else_is_denied_and_the_ways_out_are_known() -> None:
     assert {"ports": [{"protocol": "TCP", "port": 443}]} in fetching
 
 
+def test_spans_go_to_the_collector_from_every_pod() -> None:
+    wanted = planned(model={"uri": "pvc://w"}, tracing={"endpoint": "http://collector.monitoring:4318"})
+    settings = yaml.safe_load(one(wanted, "ConfigMap", "chat-settings")["data"]["settings.yaml"])
+    for section in ("router", "worker"):
+        assert settings[section]["otlp_endpoint"] == "http://collector.monitoring:4318"
+    for role in ("router", "prefill", "decode"):
+        egress = one(wanted, "NetworkPolicy", f"chat-{role}")["spec"]["egress"]
+        assert {"ports": [{"protocol": "TCP", "port": 4318}]} in egress
+    without = yaml.safe_load(one(planned(), "ConfigMap", "chat-settings")["data"]["settings.yaml"])
+    assert not any("otlp_endpoint" in section for section in without.values())
+
+
 def test_the_router_reaches_the_api_server_at_its_known_addresses_only() -> None:
     platform = Platform(
         router_image="r", worker_image="w", api_servers=(("10.96.0.1", 443), ("172.16.0.2", 6443), ("fd00::2", 6443))

@@ -315,6 +315,7 @@ MISFITS: dict[str, Tree] = {
     "master-is-no-url": {"cache": {"hostMemory": "1Gi", "mooncake": {"master": "http://store:50051"}}},
     "disk-without-size": {"cache": {"hostMemory": "1Gi", "disk": {}}},
     "host-memory": {"cache": {"hostMemory": "8 GB"}},
+    "collector-without-scheme": {"tracing": {"endpoint": "collector:4318"}},
     "surge": {"rollout": {"maxSurge": "1/2"}},
     "surge-above-all": {"rollout": {"maxSurge": "101%"}},
     "amount": {"decode": {"resources": {"limits": {"memory": "16 GB"}}}},

@@ -4,7 +4,7 @@ from baton_operator.api.base import API_VERSION, GROUP, VERSION, Role, Strict
 from baton_operator.api.cache import Cache, Disk, Mooncake, Sessions
 from baton_operator.api.metadata import Metadata
 from baton_operator.api.model import DEMO_URI, Model
-from baton_operator.api.policy import Rollout, Slo, Transport
+from baton_operator.api.policy import Rollout, Slo, Tracing, Transport
 from baton_operator.api.pool import Parallelism, PodMetadata, PodTemplate, Pool, Resources
 from baton_operator.api.profile import AcceleratorProfile, Gpus, ProfileSpec, Rdma, Toleration
 from baton_operator.api.router import HttpRoute, Ingress, Router, RouterService
@@ -18,5 +18,6 @@ __all__ = [
     "Gpus", "HttpRoute", "InferenceService", "Ingress", "Metadata", "Model", "Mooncake", "Parallelism", "Place",
     "PodMetadata", "PodTemplate", "Pool", "ProfileSpec", "Rdma", "Resources", "Role", "RoleStatus", "RolesStatus",
     "Rollout", "Router", "RouterService", "Rule", "ServiceSpec", "ServiceStatus", "Sessions", "Slo", "Strict",
-    "Toleration", "Transport", "Unplaceable", "Violation", "WorkerSize", "rules_of", "violations", "worker_size",
+    "Toleration", "Tracing", "Transport", "Unplaceable", "Violation", "WorkerSize", "rules_of", "violations",
+    "worker_size",
 ]  # fmt: skip

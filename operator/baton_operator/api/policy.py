@@ -20,6 +20,18 @@ class Transport(Strict):
     ] = "auto"
 
 
+class Tracing(Strict):
+    """Spans of every request, from the router and the workers, to a collector of OpenTelemetry."""
+
+    endpoint: Annotated[
+        str,
+        Field(
+            pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[!-~]*)?$", max_length=512,
+            description="of the collector's OTLP over HTTP, like http://collector.monitoring:4318",
+        ),
+    ]  # fmt: skip
+
+
 class Rollout(Strict):
     """How many workers of each role may be on top of, or missing from, the wanted number while a revision changes."""
 

@@ -16,7 +16,7 @@ from baton_operator.api.base import ApiVersion, ObjectName, Role, Strict
 from baton_operator.api.cache import Cache
 from baton_operator.api.metadata import Metadata, checked
 from baton_operator.api.model import Model
-from baton_operator.api.policy import Rollout, Slo, Transport
+from baton_operator.api.policy import Rollout, Slo, Tracing, Transport
 from baton_operator.api.pool import Parallelism, Pool
 from baton_operator.api.router import Router
 from baton_operator.api.rules import Place, rule
@@ -50,6 +50,7 @@ class ServiceSpec(Strict):
     cache: Annotated[Cache | None, Field(description="memory and disk for KV beyond the pool; absent = none")] = None
     rollout: Rollout = Field(default_factory=Rollout)
     slo: Slo | None = None
+    tracing: Annotated[Tracing | None, Field(description="where spans of requests go; absent = nowhere")] = None
 
     @rule(
         cel=f"({_PREFILL} == 0) == ({_DECODE} == 0)",

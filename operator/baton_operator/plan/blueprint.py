@@ -131,6 +131,7 @@ class Blueprint:
     max_unavailable: int | str
     tiers: Tiers | None = None                      # of every worker
     any_peer_port: bool = False                     # KV goes by a library that picks its ports itself
+    collector: str = ""                             # of spans, a URL; empty = no spans
     pull_secrets: tuple[str, ...] = ()
     api_servers: tuple[tuple[str, int], ...] = ()   # (address, port) behind `kubernetes`: what the router watches
 

@@ -71,6 +71,7 @@ def blueprint(service: InferenceService, profile: AcceleratorProfile, platform: 
         max_unavailable=spec.rollout.max_unavailable,
         tiers=tiers(spec.cache),
         any_peer_port=_any_peer_port(spec, profile),
+        collector=spec.tracing.endpoint if spec.tracing else "",
         pull_secrets=platform.pull_secrets,
         api_servers=platform.api_servers,
     )
@@ -176,12 +177,13 @@ def _settings(spec: ServiceSpec, profile: AcceleratorProfile) -> Mapping[str, Ma
     engine: dict[str, Json] = {"dtype": model.dtype, "kv_dtype": model.kv_dtype}
     if model.context_tokens is not None:
         engine["context_tokens"] = model.context_tokens
+    traced: dict[str, Json] = {"otlp_endpoint": spec.tracing.endpoint} if spec.tracing else {}
     return {
         # torch calls AMD's devices cuda too
-        "worker": {"device": "cuda" if device == "rocm" else device, "log_style": "json"},
+        "worker": {"device": "cuda" if device == "rocm" else device, "log_style": "json", **traced},
         "engine": engine,
         "transfer": {"wire": spec.transport.wire},
-        "router": {"log_style": "json", "worker_wait_s": _WORKER_WAIT_S, "resume_wait_s": _WORKER_WAIT_S},
+        "router": {"log_style": "json", "worker_wait_s": _WORKER_WAIT_S, "resume_wait_s": _WORKER_WAIT_S, **traced},
     }
 
 

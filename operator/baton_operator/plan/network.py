@@ -3,8 +3,8 @@
 Connections, each allowed on both ends and nothing else: clients -> router (http); router -> workers (grpc); sender of
 KV -> receiver (peer: prefill -> decode, for what decode holds the other way, and from a decode worker that drains to
 another); workers -> a Mooncake store's master, and each other's part of it; Prometheus -> all (metrics, from inside the
-cluster); all -> DNS; router -> API server (it watches endpoints); fetching containers -> the model's server. Before any
-of it, a policy that denies all.
+cluster); all -> DNS; all -> the collector of spans; router -> API server (it watches endpoints); fetching containers ->
+the model's server. Before any of it, a policy that denies all.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _worker_ingress(plan: Blueprint, pool: Pool) -> list[Json]:
 
 def _worker_egress(plan: Blueprint, pool: Pool) -> list[Json]:
     receivers = [other for other in plan.workers if other.component in _SENDS_TO[pool.component]]
-    return [_dns(), *_model_server(plan), *_kv(plan, "to", receivers), *_store(plan, "to")]
+    return [_dns(), *_model_server(plan), *_collector(plan), *_kv(plan, "to", receivers), *_store(plan, "to")]
 
 
 def _kv(plan: Blueprint, side: str, others: Sequence[Pool]) -> list[Json]:
@@ -118,7 +118,7 @@ def _store(plan: Blueprint, side: str) -> list[Json]:
 
 def _router_egress(plan: Blueprint) -> list[Json]:
     workers: list[Json] = [_pods(plan, pool.component) for pool in plan.workers]
-    rules = [_dns(), *_model_server(plan), _rule("to", workers, commands.GRPC_PORT)]
+    rules = [_dns(), *_model_server(plan), *_collector(plan), _rule("to", workers, commands.GRPC_PORT)]
     if plan.api_servers:
         for port in sorted({port for _, port in plan.api_servers}):
             blocks: list[Json] = [_address(ip) for ip, own in plan.api_servers if own == port]
@@ -164,8 +164,16 @@ def _model_server(plan: Blueprint) -> list[Json]:
         return []
     if not plan.model.endpoint:
         return [_rule("to", [], _HTTPS_PORT)]
-    parts = urlsplit(plan.model.endpoint)
-    return [_rule("to", [], parts.port or (80 if parts.scheme == "http" else _HTTPS_PORT))]
+    return [_rule("to", [], _port_of(plan.model.endpoint))]
+
+
+def _collector(plan: Blueprint) -> list[Json]:
+    return [_rule("to", [], _port_of(plan.collector))] if plan.collector else []
+
+
+def _port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (80 if parts.scheme == "http" else _HTTPS_PORT)
 
 
 def _address(ip: str) -> Json:
