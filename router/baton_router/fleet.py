@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton_common.clock import Clock
+from baton_common.ids import PageHash
 from baton_common.telemetry import Attributes
 from baton_proto import worker_pb2 as wire
 from baton_proto.common_pb2 import Compat
+from baton_router.homes import Homes
 from baton_router.links import Link, LinkState
+from baton_router.order import Order
 from baton_router.policy import Need, Refusal, WorkerRole, WorkerView, choose, choose_target
 from baton_router.tokens import Prompt
 
@@ -66,6 +69,7 @@ class Fleet:
         self.trouble = ""
         """What keeps the assignment from following the truth, for /ready."""
         self.router_id = f"router-{uuid.uuid4().hex[:12]}"
+        self.homes = Homes(clock)
         self._clock = clock
         self._started = False
         self._tasks: dict[Link, asyncio.Task[None]] = {}
@@ -130,16 +134,21 @@ class Fleet:
 
     # ---- choice
 
-    def choose(self, prompt: Prompt, tokens: int, need_local_below: int, failed: set[str], busy: set[str]
-               ) -> Assignment | Refusal:  # fmt: skip
+    def choose(self, order: Order, tokens: int, failed: set[str], busy: set[str]) -> Assignment | Refusal:
         """Pair for a prompt of `tokens` positions (outputs already made included). Advances the round-robin turn."""
         up = {link.key: link for link in self.links if link.up}
-        views = {key: _view(link, prompt) for key, link in up.items()}
-        need = Need(tokens=tokens, local_below_tokens=need_local_below, failed=frozenset(failed), busy=frozenset(busy))
+        views = {key: self._view(link, order) for key, link in up.items()}
+        need = Need(
+            tokens=tokens,
+            local_below_tokens=order.local_below_tokens,
+            failed=frozenset(failed),
+            busy=frozenset(busy),
+        )
         found = choose(views.values(), need, self._turn)
         if isinstance(found, Refusal):
             return found
         self._turn += 1
+        self._went(order, up[found.decode])
         decode = views[found.decode]
         prefill = views[found.prefill] if found.prefill is not None else None
         return Assignment(
@@ -152,15 +161,16 @@ class Fleet:
             role=decode.role,
         )
 
-    def choose_target(self, prompt: Prompt, tokens: int, source: Link, avoid: set[str]) -> Assignment | None:
+    def choose_target(self, order: Order, tokens: int, source: Link, avoid: set[str]) -> Assignment | None:
         """Another decode worker for a request of `tokens` positions that `source` decodes and will hand over."""
         up = {link.key: link for link in self.links if link.up or link is source}
-        views = {key: _view(link, prompt) for key, link in up.items()}
+        views = {key: self._view(link, order) for key, link in up.items()}
         need = Need(tokens=tokens, local_below_tokens=0, failed=frozenset(avoid))
         key = choose_target(views.values(), views[source.key], need, self._turn)
         if key is None:
             return None
         self._turn += 1
+        self._went(order, up[key])
         return Assignment(
             decode=up[key],
             decode_key=key,
@@ -170,6 +180,31 @@ class Fleet:
             prefill_tokens=1,
             role=views[key].role,
         )
+
+    def _view(self, link: Link, order: Order) -> WorkerView:
+        hello, load = link.hello, link.load
+        assert hello is not None
+        hashes = _hashes(link, order.prompt)
+        kept = self.homes.kept_pages(order.keep, link.key, hashes) if order.keep is not None else 0
+        return WorkerView(
+            key=link.key,
+            role=_ROLES[hello.role],
+            compat=link.compat,
+            page_tokens=_page_tokens(link),
+            matched_pages=max(link.pages.matched_pages(hashes), kept),
+            queued_tokens=max(load.queued_tokens, link.queued_tokens),
+            # the last report may be older than a burst of our own
+            running=max(load.running + load.reserved, link.open_legs),
+            free_pages=load.free_pages,
+            total_pages=load.total_pages,
+            step_ms=load.step_ms,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            draining=_leaving(link),
+        )
+
+    def _went(self, order: Order, decode: Link) -> None:
+        if order.keep is not None:
+            self.homes.went(order.keep, decode.key, _hashes(decode, order.prompt))
 
     def on_next_change(self, wake: Callable[[], None]) -> None:
         """Call `wake` once when a worker came, went, or changed its mind about draining."""
@@ -272,23 +307,12 @@ def _leaving(link: Link) -> bool:
     return link.retired or link.load.draining
 
 
-def _view(link: Link, prompt: Prompt) -> WorkerView:
-    hello, load = link.hello, link.load
-    assert hello is not None
-    page_tokens = hello.compat.page_tokens or 64
-    matched = link.pages.matched_pages(prompt.hashes(hello.hash_root, page_tokens)) if hello.hash_root else 0
-    return WorkerView(
-        key=link.key,
-        role=_ROLES[hello.role],
-        compat=link.compat,
-        page_tokens=page_tokens,
-        matched_pages=matched,
-        queued_tokens=max(load.queued_tokens, link.queued_tokens),
-        # the last report may be older than a burst of our own
-        running=max(load.running + load.reserved, link.open_legs),
-        free_pages=load.free_pages,
-        total_pages=load.total_pages,
-        step_ms=load.step_ms,
-        prefill_tokens_per_s=load.prefill_tokens_per_s,
-        draining=_leaving(link),
-    )
+def _page_tokens(link: Link) -> int:
+    assert link.hello is not None
+    return link.hello.compat.page_tokens or 64
+
+
+def _hashes(link: Link, prompt: Prompt) -> Sequence[PageHash]:
+    """Of the prompt's full pages as this worker names them; none if it does not say how."""
+    assert link.hello is not None
+    return prompt.hashes(link.hello.hash_root, _page_tokens(link)) if link.hello.hash_root else ()

@@ -129,9 +129,8 @@ class Flight:
             self._wait()
 
     def _choose(self, failed: set[str], busy: set[str]) -> Assignment | Refusal:
-        order = self._order
-        tokens = len(order.prompt.ids) + len(self._outputs)
-        return self._fleet.choose(order.prompt, tokens, order.local_below_tokens, failed, busy)
+        tokens = len(self._order.prompt.ids) + len(self._outputs)
+        return self._fleet.choose(self._order, tokens, failed, busy)
 
     def _reserve(self, found: Assignment) -> None:
         self._assigned = found

@@ -50,7 +50,7 @@ class Move:
         if self._leg is not None or now_s < self._not_before_s:
             return False
         tokens = len(self._order.prompt.ids) + len(outputs)
-        found = self._fleet.choose_target(self._order.prompt, tokens, source, avoid)
+        found = self._fleet.choose_target(self._order, tokens, source, avoid)
         if found is None:
             return False
         self._found, self._outputs = found, len(outputs)

@@ -157,6 +157,7 @@ class Router:
 
     def end_session(self, session: str, tenant: str) -> int:
         """Nothing of it is kept any more where a worker is connected; returns how many were told. Idempotent."""
+        self.fleet.homes.forget(session, tenant)
         links = self.fleet.registered()
         for link in links:
             link.end_session(session, tenant)

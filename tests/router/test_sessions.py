@@ -10,7 +10,10 @@ import pytest
 from router.conftest import HELLO, MODEL, House, eventually
 from router.fake_worker import FakeWorker
 
+from baton_common.clock import ManualClock
+from baton_common.ids import PageHash
 from baton_proto import worker_pb2 as wire
+from baton_router.homes import Homes
 
 EPHEMERAL = {"type": "ephemeral"}
 PLAIN = "A completion goes on where its prompt ends, and its next turn begins with all of that. " * 3
@@ -174,3 +177,66 @@ async def test_a_worker_that_is_away_is_not_counted(house: House, http: httpx.As
     assert router is not None
     await eventually(lambda: len(router.fleet.registered()) == 1, "the loss was noticed")
     assert (await http.delete(f"{url}/v1/sessions/s")).json()["workers"] == 1
+
+
+# ---- where a session is ---------------------------------------------------------------------------------------------
+KEEP = wire.KvKeep(session="s", tenant="t", ttl_ms=60_000)
+PAGES = [PageHash(bytes([number]) * 16) for number in range(6)]
+
+
+def test_a_worker_keeps_what_the_newest_turn_began_with() -> None:
+    homes = Homes(ManualClock())
+    assert homes.kept_pages(KEEP, "a", PAGES) == 0
+    homes.went(KEEP, "a", PAGES[:3])
+    assert homes.kept_pages(KEEP, "a", PAGES) == 3
+    assert homes.kept_pages(KEEP, "a", PAGES[:3]) == 3
+    assert homes.kept_pages(KEEP, "b", PAGES) == 0, "another worker"
+    assert homes.kept_pages(KEEP, "a", PAGES[:2]) == 2, "the conversation was cut short"
+    assert homes.kept_pages(KEEP, "a", [*PAGES[:2], PAGES[5], PAGES[3]]) == 2, "its end was written anew"
+    assert homes.kept_pages(KEEP, "a", [PAGES[4], *PAGES[1:]][:1]) == 0, "it was written anew"
+    assert homes.kept_pages(wire.KvKeep(session="s", tenant="u"), "a", PAGES) == 0, "another tenant"
+    homes.went(KEEP, "b", PAGES[:4])
+    assert (homes.kept_pages(KEEP, "a", PAGES), homes.kept_pages(KEEP, "b", PAGES)) == (0, 4)
+    homes.went(KEEP, "a", [])
+    assert homes.kept_pages(KEEP, "b", PAGES) == 0, "less than a page is nothing"
+
+
+def test_a_session_is_forgotten_when_it_ends_or_its_time_is_over() -> None:
+    clock = ManualClock()
+    homes = Homes(clock)
+    homes.went(KEEP, "a", PAGES)
+    clock.advance(60.0)
+    assert homes.kept_pages(KEEP, "a", PAGES) == 6
+    clock.advance(0.1)
+    assert homes.kept_pages(KEEP, "a", PAGES) == 0
+    homes.went(KEEP, "a", PAGES)
+    homes.forget("s", "u")
+    assert homes.kept_pages(KEEP, "a", PAGES) == 6
+    homes.forget("s", "t")
+    homes.forget("s", "t")
+    assert homes.kept_pages(KEEP, "a", PAGES) == 0
+
+
+async def test_the_next_turn_goes_where_the_one_before_was_kept(house: House, http: httpx.AsyncClient) -> None:
+    """These workers tell nothing of their caches, and equal costs go round robin."""
+    workers = [await house.add(wire.ROLE_COLOCATED) for _ in range(3)]
+    url = await house.serve()
+    for number in range(6):
+        kept = {**EPHEMERAL, "session": "s"} if number else None
+        prompt = list(range(100, 140 + 10 * number))
+        await post(http, url, "completions", prompt=prompt, cache_control=kept)
+    assert sorted(sum(keep is not None for keep in keeps(worker)) for worker in workers) == [0, 0, 5]
+    assert (await http.delete(f"{url}/v1/sessions/s")).status_code == 200
+    router = house.router
+    assert router is not None
+    assert router.fleet.homes.kept_pages(wire.KvKeep(session="s"), "any", PAGES) == 0
+
+
+def test_memory_is_bounded() -> None:
+    homes = Homes(ManualClock(), limit=2)
+    keeps = [wire.KvKeep(session=str(number), ttl_ms=60_000) for number in range(3)]
+    homes.went(keeps[0], "a", PAGES)
+    homes.went(keeps[1], "a", PAGES)
+    homes.went(keeps[0], "a", PAGES)
+    homes.went(keeps[2], "a", PAGES)
+    assert [homes.kept_pages(keep, "a", PAGES) for keep in keeps] == [6, 0, 6]
