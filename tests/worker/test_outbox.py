@@ -57,3 +57,20 @@ async def test_events_before_open_wait_and_events_after_close_are_dropped() -> N
     outbox.put(event(3))
     await asyncio.sleep(0)
     assert seen == [event(1), event(2)]
+
+
+async def test_what_may_wait_comes_with_the_next_event_and_wakes_nobody() -> None:
+    outbox, seen = Outbox(asyncio.get_running_loop()), []
+    outbox.open(seen.append)
+    outbox.put(event(1), wake=False)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert seen == []
+    outbox.put(event(2))
+    outbox.put(event(3), wake=False)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert seen == [[event(1), event(2), event(3)]]
+    outbox.put(event(4), wake=False)
+    outbox.close()
+    assert seen[1:] == [[event(4)]]
