@@ -14,6 +14,7 @@ from baton_common.errors import ErrorKind
 from baton_kvtransfer.errors import KVTransferError, LayoutMismatch, NoSlots, StalePeer
 from baton_kvtransfer.protocol import PROTOCOL_VERSION
 from baton_proto.common_pb2 import Compat
+from baton_proto.compat import mismatch
 from baton_proto.peer_pb2 import PeerHello
 
 _REMEMBERED = 4096
@@ -21,15 +22,6 @@ RETRY_AFTER_MS = 1000
 
 Cut = Callable[[], None]
 """Ends a link soon; from any thread."""
-
-
-def mismatch(ours: Compat, theirs: Compat) -> LayoutMismatch | None:
-    """The first field that differs, in the order of the record."""
-    for field in Compat.DESCRIPTOR.fields:
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if mine != other:
-            return LayoutMismatch(field.name, mine, other)
-    return None
 
 
 class Admission:
@@ -52,8 +44,8 @@ class Admission:
             raise StalePeer(text, phase="hello")
         if not hello.worker_id or not hello.incarnation:
             raise KVTransferError("a hello needs worker_id and incarnation", phase="hello", kind=ErrorKind.INVALID)
-        if (wrong := mismatch(self._compat, hello.compat)) is not None:
-            raise wrong
+        if field := mismatch(self._compat, hello.compat):
+            raise LayoutMismatch(field, getattr(self._compat, field), getattr(hello.compat, field))
         with self._lock:
             former = self._live.get(hello.worker_id)
             if hello.incarnation in self._retired:

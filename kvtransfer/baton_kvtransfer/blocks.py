@@ -1,16 +1,17 @@
 """Copies blocks between pool pages and slots, and digests them. The only place that touches KV bytes.
 
-The owner of a pool gathers from it and scatters into it; nobody else does. Pools in host memory are served here: a few
-large copies per chunk, each outside the interpreter lock, through numpy: torch would start an OpenMP team in every
-transfer thread, and its strided copy is slower (6.7 against 9.6 GB/s for 16 KiB runs). Whoever has a pool on another
-device brings its own `Blocks`. A link uses one kind of digest, the first of the sender's list that both sides make.
+The owner of a pool gathers from it and scatters into it; nobody else does. Pools in host memory are served here:
+`rows` copies, `convert` changes the dtype where the payloads of the link have another than the pool. Whoever has a pool
+on another device brings its own `Blocks`. A link uses one kind of digest, the first of the sender's list that both
+sides make, and one dtype of payloads. The digest is over the payload, so over the bytes that travel.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +21,11 @@ import xxhash
 from torch import Tensor
 
 from baton_common.ids import PageId
-from baton_kvtransfer.layout import DTYPE_BYTES, PageLayout
-from baton_kvtransfer.plan import Block, page_runs
+from baton_kvtransfer.convert import CONVERTIBLE, Cells, convert
+from baton_kvtransfer.errors import LayoutMismatch
+from baton_kvtransfer.layout import DTYPE_BYTES, SCALED, PageLayout
+from baton_kvtransfer.plan import Block
+from baton_kvtransfer.rows import PoolRows
 from baton_proto.peer_pb2 import Chunk
 
 XXH3 = "xxh3_64"
@@ -66,6 +70,17 @@ def seal_of(chunk: Chunk, kind: str) -> Seal:
     return Seal(kind, xxhash.xxh3_64_intdigest(header + chunk.transfer_id.encode()))
 
 
+def agreed_payload(*, sender: Sequence[str], receiver: Sequence[str]) -> str:
+    """The dtype of a link, from the `payloads` of its sides: that of the narrower pool, so that the sender narrows and
+    the receiver widens; of the receiver's where they are equally wide. Raises LayoutMismatch."""
+    theirs, ours = next(iter(sender), ""), receiver[0]
+    wanted = (ours, theirs) if DTYPE_BYTES[ours] <= DTYPE_BYTES.get(theirs, 0) else (theirs, ours)
+    for dtype in wanted:
+        if dtype in sender and dtype in receiver:
+            return dtype
+    raise LayoutMismatch("kv_dtype", ours, theirs)
+
+
 class Blocks(Protocol):
     """Copies between one pool and payloads. `pages`: the sequence's page table.
 
@@ -75,6 +90,13 @@ class Blocks(Protocol):
     @property
     def digests(self) -> Sequence[str]:
         """Kinds that it makes, preferred first."""
+
+    @property
+    def payloads(self) -> Sequence[str]:
+        """Dtypes of payloads that it gathers into and scatters from; first that of the pool, which needs no work."""
+
+    def for_payloads(self, dtype: str) -> Blocks:
+        """Of the same pool, with payloads of `dtype`, which is one of `payloads`."""
 
     def gather(self, block: Block, pages: Sequence[PageId], out: memoryview, seal: Seal) -> int:
         """Fill `out`; what the pages hold is complete. Returns the digest."""
@@ -91,25 +113,46 @@ class Blocks(Protocol):
 class HostBlocks:
     """Of a pool in host memory."""
 
-    digests = (XXH3,)
+    digests: Sequence[str] = (XXH3,)
 
-    def __init__(self, pool: Tensor, layout: PageLayout) -> None:
-        """`pool` in logical axis order. ValueError when it is elsewhere, or not of the layout's shape or dtype."""
+    def __init__(self, pool: Tensor, layout: PageLayout, *, scales: Tensor | None = None, payload: str = "") -> None:
+        """`pool` in logical axis order; `scales` float32 [page, layer, kv, head, token], of a scaled dtype; `payload`:
+        dtype of payloads, "" = the pool's. ValueError when the pool is elsewhere, or not of the layout's shape or
+        dtype, and when it lacks scales."""
         if pool.device.type != "cpu":
             raise ValueError(f"the pool is on {pool.device}: its owner must bring the blocks that copy there")
         if tuple(pool.shape[1:]) != layout.page_shape or pool.dtype != getattr(torch, layout.dtype):
             raise ValueError(
                 f"pool is {pool.dtype} {tuple(pool.shape)}, the layout says {layout.dtype} {layout.page_shape}"
             )
-        self._layout = layout
-        self._pool: npt.NDArray[np.generic] = pool.view(_TORCH_WORD[DTYPE_BYTES[layout.dtype]]).numpy()
+        wanted = pool.shape[:-1] if layout.dtype in SCALED else None
+        if (None if scales is None else scales.shape) != wanted:
+            raise ValueError(f"a pool of {layout.dtype} needs {'float32 scales beside it' if wanted else 'no scales'}")
+        convertible = CONVERTIBLE if layout.dtype in CONVERTIBLE else ()
+        self.payloads: Sequence[str] = tuple(dict.fromkeys((layout.dtype, *convertible)))
+        self._pool, self._scales, self._layout = pool, scales, layout
+        self._payload = replace(layout, dtype=payload or layout.dtype)
+        self._raw = self._payload == layout  # nothing is converted
+        self._rows = PoolRows(pool.view(_TORCH_WORD[DTYPE_BYTES[layout.dtype]]).numpy())
+        self._scale_rows = None if scales is None else PoolRows(scales.unsqueeze(-1).numpy())
+        self._scratch = threading.local()
+
+    def for_payloads(self, dtype: str) -> HostBlocks:
+        assert dtype in self.payloads, "agreed in the handshake"
+        if dtype == self._payload.dtype:
+            return self
+        return HostBlocks(self._pool, self._layout, scales=self._scales, payload=dtype)
 
     def gather(self, block: Block, pages: Sequence[PageId], out: memoryview, seal: Seal) -> int:
-        payload = self._payload(block, out)
-        layers, heads = slice(block.layer_begin, block.layer_end), slice(block.head_begin, block.head_end)
-        for run in page_runs(block, self._layout.page_tokens):
-            source = self._pool[pages[run.page], layers, :, heads, run.offset : run.offset + run.count]
-            np.copyto(payload[:, :, :, run.begin : run.begin + run.count], source)
+        own = out if self._raw else self._buffer(block)
+        if self._scale_rows is None:
+            self._rows.read(block, pages, own)
+        else:
+            values = block.values_bytes(self._layout)
+            self._rows.read(block, pages, own[:values])
+            self._scale_rows.read(block, pages, own[values:])
+        if not self._raw:
+            convert(_cells(own, block, self._layout), _cells(out, block, self._payload))
         return seal.over(out)
 
     def scatter(
@@ -117,13 +160,30 @@ class HostBlocks:
     ) -> bool:
         if seal.over(payload) != digest:
             return False
-        source = self._payload(block, payload)
-        layers, heads = slice(block.layer_begin, block.layer_end), slice(block.head_begin, block.head_end)
-        for run in page_runs(block, self._layout.page_tokens):
-            target = self._pool[pages[run.page], layers, :, heads, run.offset : run.offset + run.count]
-            np.copyto(target, source[:, :, :, run.begin : run.begin + run.count])
+        own = payload if self._raw else self._buffer(block)
+        if not self._raw:
+            convert(_cells(payload, block, self._payload), _cells(own, block, self._layout))
+        if self._scale_rows is None:
+            self._rows.write(block, pages, own)
+        else:
+            values = block.values_bytes(self._layout)
+            self._rows.write(block, pages, own[:values])
+            self._scale_rows.write(block, pages, own[values:])
         # a late write may have come between the digest and the copy; then the pages hold it, but nothing is committed
         return not shared or seal.over(payload) == digest
 
-    def _payload(self, block: Block, view: memoryview) -> npt.NDArray[np.generic]:
-        return np.frombuffer(view, dtype=self._pool.dtype).reshape(block.shape(self._layout))
+    def _buffer(self, block: Block) -> memoryview:
+        """Memory of this thread for a block in the pool's own dtype."""
+        size = block.bytes(self._layout)
+        memory: npt.NDArray[np.uint8] | None = getattr(self._scratch, "memory", None)
+        if memory is None or len(memory) < size:
+            memory = self._scratch.memory = np.empty(size, dtype=np.uint8)
+        return memory[:size].data
+
+
+def _cells(view: memoryview, block: Block, layout: PageLayout) -> Cells:
+    """Values, and the scales of a scaled dtype behind them."""
+    size = block.values_bytes(layout)
+    values = torch.from_numpy(np.frombuffer(view[:size], np.uint8)).view(getattr(torch, layout.dtype))
+    scales = np.frombuffer(view[size:], np.float32) if layout.dtype in SCALED else None
+    return Cells(values=values.view(-1, layout.dim), scales=scales)

@@ -12,6 +12,9 @@ from math import prod
 
 AXES = ("page", "layer", "kv", "head", "token", "dim")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+SCALED = frozenset({"float8_e4m3fn"})
+"""Have a float32 factor for each (layer, kv, head, token) beside them: value = code * factor."""
+SCALE_BYTES = 4
 
 
 class AxisOrder(Enum):
@@ -19,6 +22,8 @@ class AxisOrder(Enum):
 
     PAGE_LAYER_KV_HEAD_TOKEN_DIM = ("page", "layer", "kv", "head", "token", "dim")
     LAYER_PAGE_KV_HEAD_TOKEN_DIM = ("layer", "page", "kv", "head", "token", "dim")
+    PAGE_LAYER_KV_TOKEN_HEAD_DIM = ("page", "layer", "kv", "token", "head", "dim")
+    LAYER_PAGE_KV_TOKEN_HEAD_DIM = ("layer", "page", "kv", "token", "head", "dim")
 
     @property
     def label(self) -> str:
@@ -27,7 +32,7 @@ class AxisOrder(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLayout:
-    """Shape and order of one rank's KV pool. Two workers with equal layouts can exchange pages without conversion."""
+    """Shape and order of one rank's KV pool. Pages cross between any two layouts of the same model."""
 
     layers: int
     kv: int  # 2 (keys and values); 1 for MLA
@@ -50,6 +55,7 @@ class PageLayout:
 
     @property
     def page_bytes(self) -> int:
+        """Without the scales of a scaled dtype, which lie elsewhere."""
         return prod(self.page_shape) * DTYPE_BYTES[self.dtype]
 
     @property

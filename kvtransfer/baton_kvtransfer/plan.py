@@ -1,8 +1,10 @@
 """Which block of KV travels in which chunk: pure arithmetic on ranges, no bytes, no page ids.
 
 A block is (layers, heads, positions); its payload is [layer, kv, head, token, dim], contiguous. Blocks know positions,
-not pages: each side splits them at its own page borders. Invariant: the blocks taken from one Pending cover every
-(layer, head, position) of the transfer exactly once; Coverage checks the same on the other side.
+not pages: each side splits them at its own page borders. Heads are those of the transfer, from 0; each side knows where
+in its pool they begin. A layout here is that of the transfer: its heads, and the dtype of its payloads.
+Invariant: the blocks taken from one Pending cover every (layer, head, position) of the transfer exactly once; Coverage
+checks the same on the other side.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from baton_kvtransfer.layout import DTYPE_BYTES, PageLayout
+from baton_kvtransfer.layout import DTYPE_BYTES, SCALE_BYTES, SCALED, PageLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,18 @@ class Block:
         return (self.layers, layout.kv, self.heads, self.tokens, layout.dim)
 
     def bytes(self, layout: PageLayout) -> int:
+        """Of the payload, scales included."""
         return self.layers * self.heads * self.tokens * cell_bytes(layout)
+
+    def values_bytes(self, layout: PageLayout) -> int:
+        """Of the payload, without its scales."""
+        return self.layers * self.heads * self.tokens * layout.kv * layout.dim * DTYPE_BYTES[layout.dtype]
+
+    def moved(self, heads: int) -> Block:
+        """The same cells where the transfer's heads begin at head `heads` of a pool."""
+        if heads == 0:
+            return self
+        return replace(self, head_begin=self.head_begin + heads, head_end=self.head_end + heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +67,9 @@ class PageRun:
 
 
 def cell_bytes(layout: PageLayout) -> int:
-    """KV bytes of one (layer, head, position)."""
-    return layout.kv * layout.dim * DTYPE_BYTES[layout.dtype]
+    """Payload bytes of one (layer, head, position)."""
+    scale = SCALE_BYTES if layout.dtype in SCALED else 0
+    return layout.kv * (layout.dim * DTYPE_BYTES[layout.dtype] + scale)
 
 
 def page_runs(block: Block, page_tokens: int) -> Iterator[PageRun]:

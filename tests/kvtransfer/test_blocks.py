@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from random import Random
-from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from baton_common.ids import PageId
 from baton_kvtransfer import AxisOrder, PageLayout
 from baton_kvtransfer.blocks import MULTILINEAR, XXH3, HostBlocks, Seal, seal_of
 from baton_kvtransfer.plan import Block
+from baton_kvtransfer.rows import PoolRows
 from baton_proto.peer_pb2 import Chunk, Slot
 
 LAYOUT = PageLayout(layers=4, kv=2, heads=2, page_tokens=16, dim=16, dtype="bfloat16")
@@ -60,11 +60,13 @@ def test_what_changes_while_it_is_copied_is_damaged(monkeypatch: pytest.MonkeyPa
     blocks = HostBlocks(pool, LAYOUT)
     digest = blocks.gather(BLOCK, PAGES, payload, SEAL)
 
-    def late(target: np.ndarray, source: np.ndarray) -> None:
-        payload[0] ^= 1
-        target[...] = source
+    write = PoolRows.write
 
-    monkeypatch.setattr("baton_kvtransfer.blocks.np", SimpleNamespace(copyto=late, frombuffer=np.frombuffer))
+    def late(rows: PoolRows, *arguments: Any) -> None:
+        payload[0] ^= 1
+        write(rows, *arguments)
+
+    monkeypatch.setattr(PoolRows, "write", late)
     assert not blocks.scatter(BLOCK, PAGES, payload, SEAL, digest=digest, shared=True)
 
 

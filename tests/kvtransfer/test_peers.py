@@ -22,6 +22,7 @@ from baton_kvtransfer.errors import LayoutMismatch, NoSlots, PeerGone, StalePeer
 from baton_kvtransfer.transport import Address
 from baton_kvtransfer.wires.choice import host_id
 from baton_proto.common_pb2 import Compat
+from baton_proto.compat import CONVERTED
 from baton_proto.peer_pb2 import Alive, Chunk, PeerHello, PeerMessage, Reserve, Slot
 
 
@@ -45,8 +46,25 @@ def refused(side: Side) -> bool:
     return [info.state for info in side.endpoint.peers()] == ["refused"]
 
 
-@pytest.mark.parametrize("field", [field.name for field in Compat.DESCRIPTOR.fields])
-def test_a_difference_in_any_field_is_refused_by_name_on_both_sides(
+FIELDS = [field.name for field in Compat.DESCRIPTOR.fields]
+
+
+@pytest.mark.parametrize("field", sorted(CONVERTED))
+def test_a_difference_that_the_transfer_bridges_is_none(field: str) -> None:
+    """What becomes of unequal pools themselves is in test_unequal.py."""
+    world = World("tcp")
+    other = world.side("other", world.config, compat=changed(field))
+    run = world.start(0, 20, sender=other)
+    run.announce()
+    run.finish()
+    assert isinstance(run.received.wait(), Receipt)
+    world.check_arrived(run)
+    other.endpoint.close()
+    world.close()
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field not in CONVERTED])
+def test_a_difference_in_any_other_field_is_refused_by_name_on_both_sides(
     field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World("tcp")
@@ -196,6 +214,7 @@ def hello() -> PeerMessage:
             compat=COMPAT,
             wires=["shm", "tcp"],
             digests=["xxh3_64"],
+            payloads=["bfloat16"],
             host_id=host_id(),
             target_incarnation="d-1",
         )
@@ -260,7 +279,7 @@ def test_a_reserved_transfer_rejects_blocks_that_are_not_its_own(world: World) -
     chunk = Chunk(
         transfer_id=run.transfer_id, layer_end=99, head_end=2, token_end=40, slot=Slot(index=0, generation=1), bytes=64
     )
-    reserve = Reserve(transfer_id=run.transfer_id, first_token=0, end_token=40)
+    reserve = Reserve(transfer_id=run.transfer_id, first_token=0, end_token=40, heads=2)
     payload = bytes(64) if world.wire == "tcp" else b""
     with dial(world) as sock:
         sock.sendall(frame(hello()) + frame(PeerMessage(reserve=reserve)) + frame(PeerMessage(chunk=chunk), payload))
@@ -271,7 +290,7 @@ def test_a_reserved_transfer_rejects_blocks_that_are_not_its_own(world: World) -
 
 def test_a_link_that_ends_inside_a_frame_fails_its_transfers(world: World) -> None:
     run = world.start(0, 40, address=world.sender.address, incarnation=world.sender.incarnation)
-    reserve = Reserve(transfer_id=run.transfer_id, first_token=0, end_token=40)
+    reserve = Reserve(transfer_id=run.transfer_id, first_token=0, end_token=40, heads=2)
     with dial(world) as sock:
         sock.sendall(frame(hello()) + frame(PeerMessage(reserve=reserve)) + b"\x10\0\0\0")
         eventually(lambda: any(info.transfers for info in world.receiver.endpoint.peers()), "reserved")

@@ -108,7 +108,7 @@ def test_a_reserve_for_another_range_names_the_field_and_both_values() -> None:
     world = link()
     life = opened(world, 2, 11)
     world.forth.clear()
-    reserve = Reserve(transfer_id=life.transfer_id, request_id="r", first_token=2, end_token=12)
+    reserve = Reserve(transfer_id=life.transfer_id, request_id="r", first_token=2, end_token=12, heads=LAYOUT.heads)
     world.deliver_forth(Letter(PeerMessage(reserve=reserve)))
     assert isinstance(life.receiver_outcome, Exception)
     assert str(life.receiver_outcome).startswith("end_token differs: ours 11, theirs 12")
