@@ -13,7 +13,7 @@ from random import Random
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from support.kv_tiers import FORMAT, FRAME_BYTES, chain, frame_of, keys_of, metrics, value
+from support.kv_tiers import FORMAT, FRAME_BYTES, chain, frame_of, keys_of, metrics, small_disk, value
 
 from baton_common.clock import ManualClock
 from baton_kvtransfer.tiers import TierFault
@@ -182,15 +182,8 @@ def test_two_processes_do_not_share_a_folder(folder: Folder) -> None:
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB; skips where tests may not mount."""
-    path = tmp_path / "mount"
-    path.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", path], check=False).returncode
-    ):
-        pytest.skip("cannot mount a file system here")
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    with small_disk(tmp_path / "mount", size="128k") as path:
+        yield path
 
 
 def test_a_full_disk_turns_writes_off_with_one_warning_and_is_still_read(

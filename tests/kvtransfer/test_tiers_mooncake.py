@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from support.kv_tiers import FORMAT, FRAME_BYTES, LAYOUT, NAMESPACE, TierWorld, chain, frame_of, keys_of, metrics, value
 from support.kv_wires import needs
 from support.kv_world import eventually
+from support.mooncake_store import HOST, MooncakeMaster
+from support.processes import free_ports
 
 from baton_common.clock import SystemClock
 from baton_kvtransfer.blocks import HostBlocks
@@ -27,48 +27,20 @@ from baton_kvtransfer.tiers.mooncake import MooncakeTier
 pytestmark = [*needs("mooncake"), pytest.mark.slow, pytest.mark.process]
 
 SEGMENT_BYTES = 16 << 20
-HOST = "127.0.0.1"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-class Master:
-    """mooncake_master as a process; short leases, so that eviction and the loss of holders show soon."""
+class Master(MooncakeMaster):
+    """With clients in this process: they would make its end slow. Leases are short, so that eviction shows soon."""
 
     def __init__(self) -> None:
-        port = free_port()
-        self.address = f"{HOST}:{port}"
-        self._command = [
-            str(Path(sys.executable).with_name("mooncake_master")),
-            f"--rpc_address={HOST}",
-            f"--rpc_port={port}",
-            f"--metrics_host={HOST}",
-            f"--metrics_port={free_port()}",
-            "--default_kv_lease_ttl=100",
-            "--client_ttl=2",
-        ]
         self.tiers: list[MooncakeTier] = []
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        host, port = self.address.split(":")
-        eventually(lambda: socket.socket().connect_ex((host, int(port))) == 0, "the master listens")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
+        super().__init__(lease_ms=100)
 
     def close(self) -> None:
-        """With its clients first: they would make the end of this process slow."""
         for tier in self.tiers:
             if tier._store is not None:
                 tier._store.close()
-        self.kill()
+        super().close()
 
 
 @pytest.fixture
@@ -169,6 +141,25 @@ def test_a_full_store_evicts_or_refuses_and_never_gives_another_page(master: Mas
     assert all(tier.get(key, out) == 0 or bytes(out[:16]) == key for key in keys)
 
 
+def test_a_lease_that_ends_while_a_page_is_read_is_a_miss(master: Master) -> None:
+    (key,) = keys_of(chain(1, salt=11))
+    tier = tier_of(master)
+    tier.open()
+    assert tier.put(key, frame_of(key))
+    store = tier._store
+
+    class Slow:
+        """The store, when a read takes longer than its lease."""
+
+        def get_into(self, *call: object) -> int:
+            return -707
+
+    tier._store = Slow()
+    assert tier.get(key, memoryview(bytearray(FRAME_BYTES))) == 0
+    tier._store = store
+    assert tier.get(key, memoryview(bytearray(FRAME_BYTES))) == FRAME_BYTES, "it is still there"
+
+
 def test_a_killed_holder_is_a_miss(master: Master) -> None:
     keys = keys_of(chain(3, salt=5))
     process = holder(master, 3, salt=5)
@@ -228,7 +219,9 @@ def test_a_master_that_is_stopped_holds_up_nobody(master: Master) -> None:
 def test_a_master_that_is_not_there_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library itself would hold the interpreter lock for 90 s."""
     monkeypatch.setattr("baton_kvtransfer.tiers.mooncake._TRY_S", 2.0)
-    tier = MooncakeTier(f"{HOST}:{free_port()}", host=HOST, protocol="tcp", segment_bytes=0, frame_bytes=FRAME_BYTES)
+    tier = MooncakeTier(
+        f"{HOST}:{free_ports(1)[0]}", host=HOST, protocol="tcp", segment_bytes=0, frame_bytes=FRAME_BYTES
+    )
     faults: list[str] = []
 
     def start() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
+import pytest
 import torch
 from prometheus_client import CollectorRegistry
 from support.kv_world import LIMIT_S, eventually
@@ -42,6 +47,17 @@ def frame_of(key: TierKey, fill: int = 0) -> memoryview:
     payload[:] = bytes([fill % 256]) * len(payload)
     FORMAT.label(frame, key, FORMAT.seal(key).over(payload))
     return frame
+
+
+@contextmanager
+def small_disk(path: Path, *, size: str) -> Iterator[Path]:
+    """A file system of that size; skips where tests may not mount."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    if os.geteuid() or subprocess.run(command, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
 
 
 def metrics() -> TierMetrics:

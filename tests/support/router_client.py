@@ -116,6 +116,7 @@ class RouterClient:
         ticket: worker_pb2.Ticket | None = None,
         deadline_s: float = 60.0,
         local_below_tokens: int = 0,
+        keep: worker_pb2.KvKeep | None = None,
         raw: Mapping[str, object] | None = None,
     ) -> Answer:
         """Returns at once; await `ticket`, `first()` or `end()` of the answer. `raw` overwrites fields of Submit."""
@@ -132,11 +133,15 @@ class RouterClient:
             deadline_ms=round(deadline_s * 1000),
             ticket=ticket,
             local_below_tokens=local_below_tokens,
+            keep=keep,
         )
         for name, value in (raw or {}).items():
             setattr(submit, name, value)
         await self.send(submit=submit)
         return answer
+
+    async def end_session(self, session: str, tenant: str = "") -> None:
+        await self.send(session_end=worker_pb2.SessionEnd(session=session, tenant=tenant))
 
     async def abort(self, answer: Answer, reason: str = "") -> None:
         await self.send(abort=worker_pb2.Abort(handle=answer.handle, reason=reason))

@@ -35,7 +35,7 @@ code = MooncakeDistributedStore().setup(host, "P2PHANDSHAKE", 0, {_LOCAL_BUFFER_
 os._exit(1 if code else 0)
 """
 _HERE = 1
-_NO_SUCH_KEY = -704
+_MISSES = (-704, -707)  # no such key; its lease ended while it was read, so somebody else's page may be there
 _HOLDER_GONE = -800  # and its master has not noticed yet
 _REFUSED = (-200, _HOLDER_GONE)  # no room
 _LOST = (-600, _HOLDER_GONE)  # larger than a frame
@@ -116,7 +116,7 @@ class MooncakeTier:
         if size in _LOST:
             self.delete(key)
             return 0
-        if size < 0 and size != _NO_SUCH_KEY:
+        if size < 0 and size not in _MISSES:
             raise self._fault("read from", size)
         out[:] = self._frame
         return max(size, 0)
