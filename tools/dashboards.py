@@ -62,6 +62,10 @@ HANDOFFS = rate("baton_router_placed_total", 'how="handoff",<S>')
 # the series of a way that was never gone does not exist: then the ratio is 0, not unknown
 HANDOFF_RATIO = f"({HANDOFFS} or vector(0)) / {rate('baton_router_placed_total')}"
 HIT_RATIO = f"{rate('baton_router_cached_tokens_total')} / {rate('baton_router_prompt_tokens_total')}"
+POSTING = (
+    f"{rate('baton_kvtransfer_posting_seconds_sum', by='wire')} / "
+    f"{rate('baton_kvtransfer_posting_seconds_count', by='wire')}"
+)
 WORKERS = "sum by (role) (max by (role, address) (baton_router_worker_up{<S>}))"
 # only the leader keeps the conditions up to date
 READY = "baton_operator_service_ready{<O>} and on (pod) baton_operator_leader == 1"
@@ -157,7 +161,7 @@ HANDOFF = Dashboard(
                 ("free slots", "sum(baton_kvtransfer_free_slots{<S>})"))),
         )),
         ("What goes wrong", (
-            Panel(title="Aborted transfers", unit="ops", stacked=True, queries=(
+            Panel(title="Failed transfers", unit="ops", stacked=True, queries=(
                 ("{{direction}} {{error}}", rate("baton_kvtransfer_failed_total", by="direction, error")),)),
             Panel(title="Damaged and repeated chunks", unit="ops", queries=(
                 ("digest failures", rate("baton_kvtransfer_digest_failures_total")),
@@ -165,6 +169,16 @@ HANDOFF = Dashboard(
             Panel(title="Links cut", unit="ops", queries=(
                 ("fences", rate("baton_kvtransfer_fences_total")),
                 ("requests waiting for KV", "sum(baton_engine_reserved_requests{<S>})"))),
+        )),
+        ("Pairs", (
+            Panel(title="Rate of each pair", unit="Bps", queries=(
+                ("{{pod}} {{direction}} {{peer}}",
+                 "sum by (pod, direction, peer) (baton_kvtransfer_pair_bytes_per_second{<S>})"),)),
+            Panel(title="Posting a chunk", unit="s", queries=(("{{wire}}", POSTING),),
+                  text="Mean time until the wire has taken a chunk that is gathered."),
+            Panel(title="Transfers given up", unit="ops", stacked=True, queries=(
+                ("{{direction}}", rate("baton_kvtransfer_aborts_total", by="direction")),),
+                text="By one of the two sides: the client left, time was over, a worker went away."),
         )),
         ("Back-pressure and moves", (
             Panel(title="Computed and not yet sent", queries=(

@@ -23,7 +23,9 @@ from baton_worker.state import EngineMetrics
 QUERIES = [*dashboard_queries(), *alert_queries()]
 SCRAPED = frozenset({"namespace", "pod", "job", "instance"})  # what a scrape adds to every series
 OF_A_SERVICE = frozenset({"serving_baton_dev_service", "serving_baton_dev_role"})  # from the pod's labels
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+SUFFIXES = {
+    "counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count"),
+}  # fmt: skip
 
 
 def emitted() -> dict[str, frozenset[str]]:
