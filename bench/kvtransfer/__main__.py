@@ -16,6 +16,9 @@ PARTS = {  # name -> module, function
     "llama": ("throughput", "llama"),
     "small": ("small", "measure"),
     "peers": ("throughput", "peers"),
+    "failures": ("failures", "measure"),
+    "idle": ("failures", "idle"),
+    "damage": ("damage", "measure"),
 }
 
 

@@ -104,6 +104,7 @@ class Remote:
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries talk; what failed travels over the pipe
     torch.set_num_threads(1)
     made: Any = None
     try:
