@@ -18,7 +18,7 @@ from baton_common.clock import Clock
 from baton_common.ids import PageHash
 from baton_common.telemetry import Attributes
 from baton_proto import worker_pb2 as wire
-from baton_proto.common_pb2 import Compat
+from baton_proto.compat import mismatch
 from baton_router.homes import Homes
 from baton_router.links import Link, LinkState
 from baton_router.order import Order
@@ -154,10 +154,10 @@ class Fleet:
         return Assignment(
             decode=up[found.decode],
             decode_key=found.decode,
-            decode_tokens=max(tokens - decode.matched_pages * decode.page_tokens, 1),
+            decode_tokens=max(tokens - decode.matched_tokens, 1),
             prefill=up[found.prefill] if found.prefill is not None else None,
             prefill_key=found.prefill or "",
-            prefill_tokens=max(tokens - prefill.matched_pages * prefill.page_tokens, 1) if prefill else 0,
+            prefill_tokens=max(tokens - max(prefill.matched_tokens, decode.matched_tokens), 1) if prefill else 0,
             role=decode.role,
         )
 
@@ -174,7 +174,7 @@ class Fleet:
         return Assignment(
             decode=up[key],
             decode_key=key,
-            decode_tokens=max(tokens - views[key].matched_pages * views[key].page_tokens, 1),
+            decode_tokens=max(tokens - views[key].matched_tokens, 1),
             prefill=source,
             prefill_key=source.key,
             prefill_tokens=1,
@@ -234,7 +234,7 @@ class Fleet:
         }
 
     def readiness(self) -> Readiness:
-        """Ready = colocated, or a decode and a prefill worker that agree on every field of Compat."""
+        """Ready = colocated, or a decode and a prefill worker between which KV can move."""
         open_links = [link for link in self.links if link.up and not _leaving(link)]
         by_role: dict[WorkerRole, list[Link]] = {role: [] for role in WorkerRole}
         for link in open_links:
@@ -279,18 +279,15 @@ class Fleet:
 
 
 def difference(prefill: Link, decode: Link) -> str:
-    """First field of Compat on which two workers differ, with both values."""
+    """First field of Compat on which two workers must agree and differ, with both values."""
     assert prefill.hello is not None
     assert decode.hello is not None
     ours, theirs = prefill.hello.compat, decode.hello.compat
-    for field in Compat.DESCRIPTOR.fields:
-        left, right = getattr(ours, field.name), getattr(theirs, field.name)
-        if left != right:
-            return (
-                f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id} do not fit: "
-                f"{field.name} differs: {left!r} and {right!r}"
-            )
-    return f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id} do not fit"
+    pair = f"prefill {prefill.hello.worker_id} and decode {decode.hello.worker_id}"
+    field = mismatch(ours, theirs)
+    if not field:
+        return f"{pair} do not fit"
+    return f"{pair} do not fit: {field} differs: {getattr(ours, field)!r} and {getattr(theirs, field)!r}"
 
 
 def _place(link: Link) -> str:

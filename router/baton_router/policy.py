@@ -1,9 +1,10 @@
 """Choice of the (decode, prefill) pair for one prompt. Pure: no I/O, no clock, no randomness.
 
-Cost is the estimated time to the first tokens in milliseconds: prompt tokens queued before ours and our own uncached
-ones over the measured prefill rate, the move of missing KV, and the pressure of what already decodes. Equal costs go
-round robin by `turn`. A worker that is overloaded for this request (`busy`) refuses the whole choice when nothing else
-is left; one that failed (`failed`) is simply not used, and without any usable prefill worker decode does it alone.
+Cost is the estimated time to the first tokens in milliseconds: prompt tokens queued before ours and those of our own
+that neither of the pair has, over the measured prefill rate, the moves of KV both ways, and the pressure of what already
+decodes. Equal costs go round robin by `turn`. A worker that is overloaded for this request (`busy`) refuses the whole
+choice when nothing else is left; one that failed (`failed`) is simply not used, and without any usable prefill worker
+decode does it alone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class WorkerView:
     step_ms: float
     prefill_tokens_per_s: float
     draining: bool = False
+
+    @property
+    def matched_tokens(self) -> int:
+        """Of the prompt, whose KV it has."""
+        return self.matched_pages * self.page_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,22 +110,26 @@ def _best_for(decode: WorkerView, prefills: Sequence[WorkerView], need: Need, tu
     if not open_ones:
         return alone if short else None
     moved = _uncached(decode, need) * MOVE_MS_PER_TOKEN
-    best = min(open_ones, key=lambda view: _prefill_ms(view, need))
+    held = decode.matched_tokens
+    best = min(open_ones, key=lambda view: _prefill_ms(view, need, held))
     # with a short suffix the prefill worker is only named for the case that decode has lost the pages meanwhile
-    cost = alone.cost_ms if short else _decode_ms(decode, need) + moved + _prefill_ms(best, need)
+    cost = alone.cost_ms if short else _decode_ms(decode, need) + moved + _prefill_ms(best, need, held)
     return Pair(decode=decode.key, prefill=best.key, cost_ms=cost)
 
 
 def _uncached(view: WorkerView, need: Need) -> int:
-    return max(need.tokens - view.matched_pages * view.page_tokens, 1)
+    return max(need.tokens - view.matched_tokens, 1)
 
 
-def _prefill_ms(view: WorkerView, need: Need) -> float:
+def _prefill_ms(view: WorkerView, need: Need, held_tokens: int = 0) -> float:
+    """`held_tokens`: of the prompt, on the decode worker; what this one has not of them it pulls back."""
     rate = view.prefill_tokens_per_s or DEFAULT_PREFILL_TOKENS_PER_S
     step_ms = view.step_ms or DEFAULT_STEP_MS
     # running decodes share the steps of whoever prefills
     shared = view.running * step_ms * 0.05 if view.role is not WorkerRole.PREFILL else 0.0
-    return (view.queued_tokens + _uncached(view, need)) * 1000.0 / rate + shared
+    pulled = max(held_tokens - view.matched_tokens, 0)
+    computed = max(_uncached(view, need) - pulled, 1)
+    return (view.queued_tokens + computed) * 1000.0 / rate + pulled * MOVE_MS_PER_TOKEN + shared
 
 
 def _decode_ms(view: WorkerView, need: Need) -> float:

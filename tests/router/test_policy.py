@@ -83,6 +83,13 @@ def test_busy_is_a_refusal_and_failed_is_not() -> None:
     assert choose([prefill()], NEED, 0) is Refusal.NO_WORKER
 
 
+def test_what_prefill_can_pull_back_from_decode_is_not_computed_again() -> None:
+    """So the worker that has the conversation is worth more than one with a little less to do."""
+    views = [prefill(), decode("d1"), decode("d2", matched_pages=12, running=20)]
+    assert chosen(views)[0] == "d2"
+    assert chosen([prefill("p1", matched_pages=12, queued_tokens=500), prefill("p2"), views[2]]) == ("d2", "p2")
+
+
 def test_a_short_suffix_does_not_need_the_busy_prefill_worker() -> None:
     views = [decode(matched_pages=16), prefill()]
     assert chosen(views, replace(NEED, busy=frozenset({"p"}))) == ("d", None)
