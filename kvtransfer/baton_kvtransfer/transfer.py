@@ -26,7 +26,7 @@ class Transfer:
         self.order = order
         self.gate = Gate()
         self.backlog = Backlog(
-            layers=layout.layers, heads=heads, first_token=order.first_token, end_token=order.end_token
+            layers=layout.layers, heads=heads, first_token=order.first_token, end_token=order.end_token, clock=clock
         )
         self._post = post
         self._clock = clock
@@ -35,7 +35,8 @@ class Transfer:
 
     @property
     def unsent_tokens(self) -> int:
-        """KV that was announced and has not left, in positions of all its layers and heads; 0 once it is over."""
+        """KV that was announced and has not left, in positions of all its layers and heads; 0 once it is over, or while
+        the peer takes nothing."""
         return self.backlog.tokens
 
     def ready(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None:
