@@ -1,8 +1,8 @@
 """Choice of the (decode, prefill) pair for one prompt. Pure: no I/O, no clock, no randomness.
 
 Cost is the estimated time to the first tokens in milliseconds: prompt tokens queued before ours and those of our own
-that neither of the pair has, over the measured prefill rate, the moves of KV both ways, and the pressure of what already
-decodes. Equal costs go round robin by `turn`. A worker that is overloaded for this request (`busy`) refuses the whole
+that neither of the pair has, over the measured prefill rate, moves of KV both ways, and the pressure of what decodes
+already. Equal costs go round robin by `turn`. A worker that is overloaded for this request (`busy`) refuses the whole
 choice when nothing else is left; one that failed (`failed`) is simply not used, and without any usable prefill worker
 decode does it alone.
 """
