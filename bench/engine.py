@@ -7,7 +7,7 @@ import itertools
 import queue
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -81,12 +81,21 @@ class StopWatch:
 class Bench:
     """One engine on random weights of a model's shape and the requests that measure it. Closes its device."""
 
-    def __init__(self, shape: Mapping[str, Any], device: Device, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        shape: Mapping[str, Any],
+        device: Device,
+        config: EngineConfig,
+        *,
+        watch: StopWatch | None = None,
+        before_start: Callable[[Bench], None] = lambda bench: None,
+    ) -> None:
         spec = parse_config(Fields(shape, "benchmark shape"))
-        self.watch = StopWatch()
+        self.watch = watch or StopWatch()
         self.device = device
         model = random_model(spec, seed=0, device=device, dtype=config.dtype)
         self.engine = Engine(model, config, device, self.watch, SystemClock(), _crash)
+        before_start(self)
         self.engine.start()
         self._vocab = spec.vocab_size
         self._random = random.Random(0)
@@ -97,15 +106,17 @@ class Bench:
         self.device.close()
 
     def submit(self, prompt_tokens: int, outputs: int) -> None:
+        self.submit_tokens([self._random.randrange(self._vocab) for _ in range(prompt_tokens)], outputs)
+
+    def submit_tokens(self, prompt: list[int], outputs: int) -> None:
         self._count += 1
-        prompt = [self._random.randrange(self._vocab) for _ in range(prompt_tokens)]
         now_s = time.monotonic()
         self.engine.submit(
             Request(
                 request_id=RequestId(f"bench-{self._count}"),
                 mode=Mode.LOCAL,
                 tokens=prompt,
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=len(prompt),
                 sampling=SamplingParams(temperature=0.0, max_tokens=outputs, ignore_eos=True),
                 deadline_s=now_s + 3600,
                 arrival_s=now_s,

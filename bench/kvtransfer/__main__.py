@@ -15,10 +15,13 @@ PARTS = {  # name -> module, function
     "wires": ("throughput", "wires"),
     "llama": ("throughput", "llama"),
     "small": ("small", "measure"),
+    "planning": ("planning", "measure"),
     "peers": ("throughput", "peers"),
     "failures": ("failures", "measure"),
     "idle": ("failures", "idle"),
     "damage": ("damage", "measure"),
+    "tiers": ("restoring", "measure"),
+    "served": ("served", "measure"),
 }
 
 
