@@ -22,6 +22,7 @@ from baton_kvtransfer import (
     KvEndpoint,
     Outbound,
     PageLayout,
+    PullOrder,
     Receipt,
     Transfer,
     TransferConfig,
@@ -99,6 +100,8 @@ class Side:
         self.free = [PageId(page) for page in range(PAGES)]
         self.registry = CollectorRegistry()
         self.inbound: dict[TransferId, Outcome] = {}
+        self.pulls: list[PullOrder] = []
+        self.lend: Callable[[PullOrder], None] = lambda _order: None
         self.endpoint = KvEndpoint(
             worker_id=name,
             incarnation=self.incarnation,
@@ -114,10 +117,14 @@ class Side:
         )
         self.address = self.endpoint.start()
 
+    def on_pull(self, order: PullOrder) -> None:
+        self.pulls.append(order)
+        self.lend(order)
+
     def on_receiving(self, transfer_id: TransferId) -> None:
         self.inbound[transfer_id].receiving += 1
 
-    def on_received(self, transfer_id: TransferId, first: FirstToken, receipt: Receipt) -> None:
+    def on_received(self, transfer_id: TransferId, first: FirstToken | None, receipt: Receipt) -> None:
         self.inbound[transfer_id].first = first
         self.inbound[transfer_id].set(receipt)
 
