@@ -25,6 +25,7 @@ from baton_proto import PROTOCOL_VERSION
 from baton_proto import worker_pb2 as wire
 from baton_proto import worker_pb2_grpc as rpc
 from baton_proto.common_pb2 import TokenLogprobs
+from baton_proto.compat import pairing_key
 from baton_router.index import PageIndex
 
 log = logging.getLogger("baton.router.links")
@@ -254,7 +255,7 @@ class Link:
                 "EndpointSlice to follow (--worker-id of a worker must be the name of its pod)"
             )
         self.hello = hello
-        self.compat = hello.compat.SerializeToString(deterministic=True)
+        self.compat = pairing_key(hello.compat)
         self.load = wire.Load()
         self.pages = PageIndex()
         self._outbound.clear()

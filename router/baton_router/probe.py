@@ -47,7 +47,7 @@ class ProbeResult:
     a client would wait for. It holds the last layer group on the wire, digest, commit and one decode step; in the first
     probe of a pair also what of the connecting was not hidden behind the prompt; and the difference between the ways of
     the two messages. So it is an upper bound of the transfer's tail, and no bandwidth follows from it. `bytes` is the
-    KV that crossed, computed from the agreed layout. Both are 0 unless proved.
+    KV that crossed, computed from the narrower of the two dtypes. Both are 0 unless proved.
     """
 
     verdict: Verdict
@@ -96,7 +96,7 @@ class _Run:
         self._limit_s = limit_s
         self._order = _order(prefill.hello, decode.hello, vocab_size, self._loop.time() + limit_s)
         self._pages = self._order.prompt.hashes(decode.hello.hash_root, _page_tokens(decode.hello))
-        self._token_bytes = _token_bytes(decode.hello.compat)
+        self._token_bytes = min(_token_bytes(hello.compat) for hello in (prefill.hello, decode.hello))
         self._missing_tokens = 0
         self._stage = _Stage.RESERVING
         self._prefill: Leg | None = None
@@ -234,4 +234,4 @@ def _page_tokens(hello: wire.WorkerHello) -> int:
 def _token_bytes(compat: Compat) -> int:
     """KV of one token over all layers, keys and values. 0 for a dtype unknown here: the proof does not need it."""
     width_bytes = _DTYPE_BYTES.get(compat.kv_dtype, 0)
-    return 2 * compat.layers * compat.kv_heads * compat.head_dim * max(compat.tp_size, 1) * width_bytes
+    return 2 * compat.layers * compat.kv_heads * compat.head_dim * width_bytes

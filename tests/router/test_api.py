@@ -286,12 +286,19 @@ async def test_ready_needs_one_of_each_role_and_equal_compat(house: House, http:
 
 
 async def test_ready_names_the_field_that_differs(house: House, http: httpx.AsyncClient) -> None:
-    await house.add(wire.ROLE_PREFILL, page_tokens=16, worker_id="p0")
-    await house.add(wire.ROLE_DECODE, page_tokens=32, worker_id="d0")
+    await house.add(wire.ROLE_PREFILL, model_digest="one", worker_id="p0")
+    await house.add(wire.ROLE_DECODE, model_digest="two", worker_id="d0")
     url = await house.serve()
     answer = await http.get(f"{url}/ready")
     assert answer.status_code == 503
-    assert answer.json()["reasons"] == ["prefill p0 and decode d0 do not fit: page_tokens differs: 16 and 32"]
+    assert answer.json()["reasons"] == ["prefill p0 and decode d0 do not fit: model_digest differs: 'one' and 'two'"]
+
+
+async def test_workers_with_unequal_pages_are_a_pair(house: House, http: httpx.AsyncClient) -> None:
+    await house.add(wire.ROLE_PREFILL, page_tokens=16)
+    await house.add(wire.ROLE_DECODE, page_tokens=32)
+    url = await house.serve()
+    assert (await http.get(f"{url}/ready")).json()["ready"]
 
 
 @pytest.mark.parametrize("roles", [(wire.ROLE_PREFILL, wire.ROLE_DECODE), (wire.ROLE_COLOCATED,)])

@@ -10,6 +10,7 @@ from baton_common.ids import PageHash, RequestId
 from baton_engine.request import FinishReason, Mode, SamplingParams
 from baton_engine.role import TokenLogprobs, TokenOut
 from baton_proto import common_pb2, worker_pb2
+from baton_proto.compat import CONVERTED, pairing_key
 from baton_worker import convert
 
 VOCAB = 100
@@ -139,12 +140,27 @@ COMPAT = common_pb2.Compat(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("field", [field.name for field in common_pb2.Compat.DESCRIPTOR.fields], ids=lambda name: name)
-def test_a_differing_compat_field_is_named_with_both_values(field: str) -> None:
+FIELDS = [field.name for field in common_pb2.Compat.DESCRIPTOR.fields]
+
+
+def differing(field: str) -> common_pb2.Compat:
     other = common_pb2.Compat()
     other.CopyFrom(COMPAT)
     value = getattr(COMPAT, field)
     setattr(other, field, f"{value}x" if isinstance(value, str) else value + 1)
+    return other
+
+
+@pytest.mark.parametrize("field", sorted(CONVERTED))
+def test_what_the_transfer_converts_may_differ(field: str) -> None:
+    convert.check_compat(COMPAT, differing(field))
+    assert pairing_key(COMPAT) == pairing_key(differing(field)), "the router pairs them too"
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field not in CONVERTED])
+def test_any_other_differing_field_is_named_with_both_values(field: str) -> None:
+    other = differing(field)
+    assert pairing_key(COMPAT) != pairing_key(other)
     with pytest.raises(Incompatible) as refusal:
         convert.check_compat(COMPAT, other)
     assert refusal.value.field == field

@@ -194,7 +194,7 @@ async def test_a_handoff_that_fails_after_token_one_is_told(worker: Worker, erro
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("kv_dtype", "bfloat16"), ("page_tokens", 64), ("model_digest", "other"), ("rope", "other")]
+    ("field", "value"), [("kv_heads", 3), ("layers", 5), ("model_digest", "other"), ("rope", "other")]
 )
 async def test_an_incompatible_ticket_is_refused_before_anything_is_computed(
     worker: Worker, field: str, value: object

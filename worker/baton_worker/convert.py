@@ -14,6 +14,7 @@ from baton_common.ids import PageHash, RequestId
 from baton_engine.request import FinishReason, Keep, Mode, Request, SamplingParams
 from baton_engine.role import TokenLogprobs, TokenOut
 from baton_proto import common_pb2, worker_pb2
+from baton_proto.compat import mismatch
 
 PROTOCOL_VERSION = 1
 HASHES_PER_MESSAGE = 1 << 16  # 1 MiB: well under gRPC's default limit of 4 MiB
@@ -200,9 +201,7 @@ def kv_changes(stored: Sequence[PageHash], removed: Sequence[PageHash], *, snaps
 
 # ---- compatibility --------------------------------------------------------------------------------------------------
 def check_compat(ours: common_pb2.Compat, theirs: common_pb2.Compat) -> None:
-    """Raises Incompatible for the first field, in declaration order, on which the two differ."""
-    for field in common_pb2.Compat.DESCRIPTOR.fields:
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if mine != other:
-            remedy = "start prefill and decode workers with the same model and settings"
-            raise Incompatible(field.name, mine, other, remedy=remedy)
+    """Raises Incompatible for the first field, in declaration order, on which the two differ and must not."""
+    if field := mismatch(ours, theirs):
+        remedy = "start prefill and decode workers with the same model and settings"
+        raise Incompatible(field, getattr(ours, field), getattr(theirs, field), remedy=remedy)
