@@ -92,6 +92,17 @@ async def test_refusals_are_spans_but_only_our_own_failures_are_errors(
     assert "no worker" in nobody.error
 
 
+async def test_what_a_worker_refuses_for_good_is_the_clients_mistake(
+    house: House, http: httpx.AsyncClient, collector: Collector
+) -> None:
+    worker = await house.add(wire.ROLE_COLOCATED)
+    worker.script.refuse.append(fault("invalid", "logit_bias is too long", param="logit_bias"))
+    url = await house.serve(otlp_endpoint=collector.endpoint)
+    assert (await http.post(f"{url}/v1/chat/completions", json=BODY)).status_code == 400
+    [span] = await seen(collector, 1)
+    assert (span.attributes["http.response.status_code"], span.error) == (400, None)
+
+
 async def test_who_has_no_key_leaves_no_span(house: House, http: httpx.AsyncClient, collector: Collector) -> None:
     await house.pair()
     url = await house.serve(api_keys=("secret",), otlp_endpoint=collector.endpoint)

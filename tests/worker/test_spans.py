@@ -39,12 +39,14 @@ def moved(what: str, *, sent: bool) -> KvMoved:
 
 
 def told(made: Request, moves: list[KvMoved] | None = None, error: BatonError | None = None) -> list[SeenSpan]:
-    """The spans, that of the request first."""
+    """The spans, that of the request first. Nothing comes of a request that belongs to no trace."""
     with Collector() as collector:
         tracing = open_tracing(collector.endpoint, service="w", instance="w-1", clock=ManualClock(101.0))
+        RequestSpans(tracing).tell(made, parent="", moves=moves or [], error=error)
         RequestSpans(tracing).tell(made, parent=ROUTER, moves=moves or [], error=error)
         tracing.close(20.0)
         spans = collector.wait(lambda seen: len(seen) > len(moves or []), "all spans")
+        assert len(spans) == 1 + len(moves or [])
     return sorted(spans, key=lambda span: span.parent_id != "b" * 16)
 
 

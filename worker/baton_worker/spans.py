@@ -23,8 +23,11 @@ class RequestSpans:
         self._tracing = tracing
 
     def tell(self, request: Request, *, parent: str, moves: Sequence[KvMoved], error: BatonError | None) -> None:
-        """`request` is FREED. `parent`: the router's traceparent. An abort is somebody's wish and no error."""
-        if self._tracing is OFF:
+        """`request` is FREED. `parent`: the router's traceparent; "" = nobody traces this request, a probe perhaps.
+
+        An abort is somebody's wish and no error.
+        """
+        if self._tracing is OFF or not parent:
             return
         span = self._tracing.span(
             _NAMES[request.mode],

@@ -44,4 +44,5 @@ def end_span(span: Span, status: int, call: Call | None) -> None:
             }
         )
     error = call.error if call is not None else None
-    span.end(error=error.message if error is not None else f"status {status}" if status >= 500 else "")
+    why = error.message if error is not None else f"status {status}"
+    span.end(error=why if status >= 500 else "")
