@@ -46,6 +46,7 @@ class FakeTransfer:
     fence: FakeFence
     ready_calls: list[tuple[int, int, int, int]] = field(default_factory=list)
     finished: FirstToken | None = None
+    finishes: int = 0
     aborted: BatonError | None = None
     unsent_tokens: int = 0
 
@@ -54,6 +55,7 @@ class FakeTransfer:
 
     def finish(self, first: FirstToken | None) -> None:
         self.finished = first
+        self.finishes += 1
 
     def abort(self, error: BatonError) -> FakeFence:
         self.aborted = error

@@ -9,17 +9,22 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.router_client import GREEDY, RouterClient
 from support.scripted_engine import PAGES, expected_token
-from worker.conftest import Worker, _raise
+from worker.conftest import COMPAT, Worker, _raise
 
 from baton_common.clock import SystemClock
 from baton_common.errors import BatonError, ConfigError, ErrorKind
-from baton_common.ids import PageHash
+from baton_common.ids import PageHash, TransferId
 from baton_engine.request import FinishReason, Mode, SamplingParams
+from baton_kvtransfer.records import Receipt
 from baton_proto import worker_pb2, worker_pb2_grpc
 from baton_worker.config import WorkerConfig
 from baton_worker.service import READY_SERVICE, WorkerService
 
 LONG = SamplingParams(temperature=0.0, max_tokens=100_000, ignore_eos=True)
+RECEIPT = Receipt(
+    transfer_id=TransferId("d-2"), peer="d", wire="tcp", bytes=1, chunks=1, resends=0, first_chunk_s=0.0,
+    last_chunk_s=0.0, finish_s=0.0, commit_s=0.0,
+)  # fmt: skip
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))  # else megabytes fit in between
@@ -225,6 +230,49 @@ async def test_a_draining_worker_finishes_what_runs_and_refuses_the_rest(worker:
         assert await running.end() == outputs([4], 30)
         await drained
         assert (await status(bench.address)).state == "empty"
+
+
+async def test_a_decode_worker_that_drains_hands_over_what_it_has(worker: Worker) -> None:
+    """The router has room elsewhere: it aborts here, and asks for the KV with the other's ticket."""
+    bench = await worker(step_s=0.01)
+    ticket = worker_pb2.Ticket(transfer_id="d-2", peer_address="127.0.0.1:8", incarnation="d", compat=COMPAT)
+    async with bench.router() as router:
+        running = await router.submit(Mode.LOCAL, [4], sampling=LONG)
+        await running.first()
+        drained = asyncio.create_task(bench.service.drain(60))
+        await router.wait(lambda: bool(router.loads) and router.loads[-1].draining)
+        refused = await router.submit(Mode.RESERVE, [5])
+        with pytest.raises(BatonError) as refusal:
+            await refused.end()
+        assert refusal.value.kind is ErrorKind.DRAINING
+        made = running.token_ids
+        await router.abort(running)
+        leaving = await router.submit(Mode.PREFILL, [4, *made], prompt_tokens=1, sampling=LONG, ticket=ticket)
+        assert (await leaving.first()).token_id == outputs([4], len(made) + 1)[-1]
+        await router.wait(lambda: bench.endpoint.opened[0].finishes == 1)
+        assert not drained.done()
+        bench.endpoint.opened[0].outbound.done(RECEIPT)
+        await drained
+        late = await router.submit(Mode.PREFILL, [4], ticket=ticket)
+        with pytest.raises(BatonError) as refusal:
+            await late.end()
+        assert refusal.value.kind is ErrorKind.DRAINING
+
+
+async def test_a_prefill_worker_that_drains_takes_nothing_new(worker: Worker) -> None:
+    bench = await worker(kind="prefill")
+    ticket = worker_pb2.Ticket(transfer_id="d-2", peer_address="127.0.0.1:8", incarnation="d", compat=COMPAT)
+    async with bench.router() as router:
+        first = await router.submit(Mode.PREFILL, [4], sampling=LONG, ticket=ticket)
+        await first.first()
+        drained = asyncio.create_task(bench.service.drain(60))
+        await router.wait(lambda: bool(router.loads) and router.loads[-1].draining)
+        second = await router.submit(Mode.PREFILL, [5], sampling=LONG, ticket=ticket)
+        with pytest.raises(BatonError) as refusal:
+            await second.end()
+        assert refusal.value.kind is ErrorKind.DRAINING
+        bench.endpoint.opened[0].outbound.done(RECEIPT)
+        await drained
 
 
 async def test_what_does_not_finish_in_time_is_handed_back(worker: Worker) -> None:
