@@ -25,7 +25,7 @@ from baton_kvtransfer.convert import CONVERTIBLE, Cells, convert
 from baton_kvtransfer.errors import LayoutMismatch
 from baton_kvtransfer.layout import DTYPE_BYTES, SCALED, PageLayout
 from baton_kvtransfer.plan import Block
-from baton_kvtransfer.rows import PoolRows
+from baton_kvtransfer.rows import PoolRows, ignore
 from baton_proto.peer_pb2 import Chunk
 
 XXH3 = "xxh3_64"
@@ -38,6 +38,14 @@ _HEADER = struct.Struct("<8IQQ")
 _BODY = struct.Struct("<Q")
 
 
+class Running(Protocol):
+    """A digest that is being made."""
+
+    def update(self, piece: memoryview, /) -> None: ...
+
+    def intdigest(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Seal:
     """One chunk's header, for its digest: bytes that land under a wrong header must not match either."""
@@ -48,6 +56,10 @@ class Seal:
     def over(self, payload: memoryview) -> int:
         """XXH3: the digest of a payload in host memory."""
         return xxhash.xxh3_64_intdigest(payload, self.header)
+
+    def running(self) -> Running:
+        """XXH3, fed piece by piece: the same digest as `over` all of them."""
+        return xxhash.xxh3_64(seed=self.header)
 
     def around(self, body: int) -> int:
         """MULTILINEAR: the digest of a payload whose weighted sum is `body`."""
@@ -144,6 +156,10 @@ class HostBlocks:
         return HostBlocks(self._pool, self._layout, scales=self._scales, payload=dtype)
 
     def gather(self, block: Block, pages: Sequence[PageId], out: memoryview, seal: Seal) -> int:
+        digest = seal.running()
+        if self._raw and self._scale_rows is None:
+            self._rows.read(block, pages, out, digest.update)
+            return digest.intdigest()
         own = out if self._raw else self._buffer(block)
         if self._scale_rows is None:
             self._rows.read(block, pages, own)
@@ -153,13 +169,22 @@ class HostBlocks:
             self._scale_rows.read(block, pages, own[values:])
         if not self._raw:
             convert(_cells(own, block, self._layout), _cells(out, block, self._payload))
-        return seal.over(out)
+        digest.update(out)
+        return digest.intdigest()
 
     def scatter(
         self, block: Block, pages: Sequence[PageId], payload: memoryview, seal: Seal, *, digest: int, shared: bool
     ) -> bool:
-        if seal.over(payload) != digest:
+        if not shared and seal.over(payload) != digest:
             return False
+        # Shared memory is digested once, and only after it was copied: a foreign byte that the copy saw is still there
+        # to be digested, because the right ones are not written again (their header came after them); one that comes
+        # later spoils a good chunk. What was copied of a bad one lies in cells that nobody reads yet.
+        last = seal.running()
+        digested = last.update if shared else ignore
+        if self._raw and self._scale_rows is None:
+            self._rows.write(block, pages, payload, digested)
+            return not shared or last.intdigest() == digest
         own = payload if self._raw else self._buffer(block)
         if not self._raw:
             convert(_cells(payload, block, self._payload), _cells(own, block, self._layout))
@@ -169,8 +194,8 @@ class HostBlocks:
             values = block.values_bytes(self._layout)
             self._rows.write(block, pages, own[:values])
             self._scale_rows.write(block, pages, own[values:])
-        # a late write may have come between the digest and the copy; then the pages hold it, but nothing is committed
-        return not shared or seal.over(payload) == digest
+        digested(payload)
+        return not shared or last.intdigest() == digest
 
     def _buffer(self, block: Block) -> memoryview:
         """Memory of this thread for a block in the pool's own dtype."""

@@ -1,8 +1,9 @@
 """Framed protobuf messages over one connected stream socket; the control path of every wire.
 
 Frame: u32 message bytes, u32 payload bytes, u64 digest of the message seeded with the payload length, message, payload.
-Owned by one thread. Reading never blocks; writing blocks at most `stall_s` without progress. Whatever a peer sends,
-sizes are bounded before memory is touched, and the answer to nonsense is WireError.
+Owned by one thread. Reading never blocks; writing blocks at most `stall_s` without progress. Messages that are queued
+leave together in one write. Whatever a peer sends, sizes are bounded before memory is touched, and the answer to
+nonsense is WireError.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from baton_proto.peer_pb2 import PeerMessage
 MAX_MESSAGE_BYTES = 1 << 18
 _PREFIX = struct.Struct("<IIQ")
 _BUFFER_BYTES = MAX_MESSAGE_BYTES + _PREFIX.size
+_READ_BYTES = 4096
+"""At once: many messages, but little of a payload, which is read to where it belongs."""
 _FDS_AT_ONCE = 4
 
 Land = Callable[[PeerMessage, int], memoryview | None]
@@ -37,11 +40,20 @@ class Channel(Protocol):
 
     def fileno(self) -> int: ...
 
+    def queue(self, message: PeerMessage) -> None:
+        """Behind all that was said; leaves with the next `send` or `flush`. Raises WireError when it is too long."""
+
+    def flush(self) -> None:
+        """Blocks until the operating system has all that was queued. Raises PeerGone."""
+
     def send(self, message: PeerMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
-        """Blocks until the operating system has it all. Raises PeerGone."""
+        """Queue and flush; the payload may be reused then. Raises PeerGone."""
 
     def receive(self, land: Land) -> PeerMessage | None:
-        """The next whole message (with its payload landed), or None for: not yet. Raises PeerGone, WireError."""
+        """The next whole message (with its payload landed). Raises PeerGone, WireError.
+
+        None: not yet. Then look again when the descriptor is readable; nothing whole is left inside.
+        """
 
     def take_fds(self) -> list[int]:
         """Descriptors that arrived so far; the caller owns them."""
@@ -53,6 +65,14 @@ def _check(message: bytes | memoryview, payload_bytes: int) -> int:
     return xxhash.xxh3_64_intdigest(message, payload_bytes)
 
 
+def _frame(message: PeerMessage, payload_bytes: int) -> bytes:
+    body = message.SerializeToString()
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise WireError(f"message of {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    prefix: bytes = _PREFIX.pack(len(body), payload_bytes, _check(body, payload_bytes))
+    return prefix + body
+
+
 class SocketChannel:
     def __init__(self, sock: socket.socket, *, max_payload_bytes: int, stall_s: float) -> None:
         sock.setblocking(False)
@@ -61,9 +81,11 @@ class SocketChannel:
         self._stall_s = stall_s
         self.carries_fds = sock.family == socket.AF_UNIX
         self._fds: list[int] = []
+        self._queued = bytearray()  # frames to be written
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._begin = self._end = 0  # unread bytes of the buffer
+        self._dry = False  # the last read took all there was
         self._message: PeerMessage | None = None  # parsed, its payload is still coming
         self._left = 0  # payload bytes to come
         self._target: memoryview | None = None  # where they go
@@ -81,14 +103,26 @@ class SocketChannel:
         return fds
 
     # ---- writing ------------------------------------------------------------------------------------------------
+    def queue(self, message: PeerMessage) -> None:
+        self._queued += _frame(message, 0)
+
+    def flush(self) -> None:
+        if self._queued:
+            parts = [memoryview(self._queued)]
+            self._queued = bytearray()
+            self._write(parts, ())
+
     def send(self, message: PeerMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
-        body = message.SerializeToString()
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise WireError(f"message of {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-        size = 0 if payload is None else payload.nbytes
-        parts = [memoryview(_PREFIX.pack(len(body), size, _check(body, size)) + body)]
+        if fds:
+            self.flush()  # descriptors travel with the first byte of their message
+        self._queued += _frame(message, 0 if payload is None else payload.nbytes)
+        parts = [memoryview(self._queued)]
+        self._queued = bytearray()
         if payload is not None:
             parts.append(payload)
+        self._write(parts, fds)
+
+    def _write(self, parts: list[memoryview], fds: Sequence[int]) -> None:
         try:
             while parts:
                 try:
@@ -114,13 +148,15 @@ class SocketChannel:
     def receive(self, land: Land) -> PeerMessage | None:
         if self._message is None:
             message = self._parse()
-            if message is None and self._fill():
+            if message is None and not self._dry and self._fill():
                 message = self._parse()
             if message is None:
+                self._dry = False
                 return None
             self._message = message
             self._target = land(message, self._left) if self._left else None
-        if not self._read_payload():
+        if self._left and not self._read_payload():
+            self._dry = False
             return None
         message, self._message, self._target = self._message, None, None
         return message
@@ -152,8 +188,10 @@ class SocketChannel:
             rest = self._end - self._begin
             self._buffer[:rest] = self._buffer[self._begin : self._end]
             self._begin, self._end = 0, rest
-        count = self._recv(self._view[self._end :])
+        room = self._view[self._end : self._end + _READ_BYTES]
+        count = self._recv(room)
         self._end += count
+        self._dry = count < room.nbytes
         return count > 0
 
     def _recv(self, view: memoryview) -> int:
@@ -191,8 +229,10 @@ class SocketChannel:
                 self._left -= buffered
                 continue
             self._begin = self._end = 0
-            count = self._recv(target if target is not None else self._view[: min(self._left, _BUFFER_BYTES)])
-            if count == 0:
+            if self._dry:
                 return False
+            room = target if target is not None else self._view[: min(self._left, _BUFFER_BYTES)]
+            count = self._recv(room)
             self._left -= count
+            self._dry = count < room.nbytes
         return True

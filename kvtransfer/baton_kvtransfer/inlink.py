@@ -26,7 +26,7 @@ from baton_kvtransfer.errors import (
 )
 from baton_kvtransfer.expectations import Expectations
 from baton_kvtransfer.link import Link, Local
-from baton_kvtransfer.protocol import Failed, Received, Receiving
+from baton_kvtransfer.protocol import Cancelled, Failed, Received, Receiving
 from baton_kvtransfer.pulling import order_from, refusal
 from baton_kvtransfer.receiving import Landing as Landed
 from baton_kvtransfer.receiving import Receiver, Verdict
@@ -36,6 +36,9 @@ from baton_kvtransfer.wires import Landing, Wire
 from baton_proto.peer_pb2 import PeerHello, PeerMessage, PeerRefused, PeerWelcome, Pull
 
 log = logging.getLogger(__name__)
+
+_CREDIT_SHARE = 4
+"""Slots are credited when that part of them is free again: often enough to copy on both sides at once."""
 
 
 class InLink(Link):
@@ -56,6 +59,7 @@ class InLink(Link):
         self._expected = expected
         self._events = events
         self._slots = SlotTable(local.config.slots_per_peer)
+        self._slots_at_once = max(1, len(self._slots) // _CREDIT_SHARE)
         self._memory: Landing | None = None
         self._receiver: Receiver | None = None
         self._remote_memory = False
@@ -121,7 +125,7 @@ class InLink(Link):
         self._channel.send(PeerMessage(welcome=welcome), fds=self._memory.fds)
         self._wire, self._state = wire.name, "up"
         self._reason = f"first of {', '.join(hello.wires)} that both sides can do"
-        local.metrics.links.labels("in").inc()
+        self._count_as_up()
         log.info("link up", extra={"peer": self._peer_id, "direction": "in", "wire": wire.name})
 
     def _choose_digest(self, hello: PeerHello) -> str:
@@ -156,6 +160,8 @@ class InLink(Link):
             verdict = self._scatter(landed)
             receiver.landed(landed, verdict, clock())
             self._count(landed, verdict)
+            if receiver.owed_slots >= self._slots_at_once:
+                self._flush(channel)  # the sender fills them while the next chunk is copied here
         return True
 
     def _on_pull(self, message: Pull) -> None:
@@ -201,12 +207,11 @@ class InLink(Link):
         return Verdict.GOOD if intact else Verdict.DAMAGED
 
     def _count(self, landed: Landed, verdict: Verdict) -> None:
-        metrics = self._local.metrics
+        assert self._counters is not None, "made by the handshake"
         self._bytes += landed.chunk.bytes
-        metrics.bytes.labels("in", self._wire).inc(landed.chunk.bytes)
-        metrics.chunks.labels("in", self._wire).inc()
+        self._counters.moved(landed.chunk.bytes)
         if verdict is Verdict.DAMAGED:
-            metrics.digest_failures.inc()
+            self._local.metrics.digest_failures.inc()
             log.warning(
                 "damaged chunk",
                 extra={"peer": self._peer_id, "transfer": landed.transfer_id, "sequence": landed.chunk.sequence},
@@ -223,7 +228,8 @@ class InLink(Link):
         receiver.flush(clock())
         self._deliver()
         while receiver.messages:
-            channel.send(receiver.messages.popleft())
+            channel.queue(receiver.messages.popleft())
+        channel.flush()
 
     def _deliver(self) -> None:
         receiver, _ = self._up()
@@ -239,6 +245,10 @@ class InLink(Link):
                 case Failed(transfer_id=transfer_id, error=error):
                     self._events.on_failed(transfer_id, error)
                     metrics.failed.labels("in", type(error).__name__).inc()
+                    if isinstance(error, Aborted):
+                        metrics.aborts.labels("in").inc()
+                case Cancelled():
+                    metrics.aborts.labels("in").inc()
 
     def _in_flight(self) -> int:
         return 0 if self._receiver is None else len(self._receiver)
@@ -252,7 +262,6 @@ class InLink(Link):
     def _lose(self, error: KVTransferError) -> None:
         self._admission.leave(self._peer_id, self._cut)
         if self._receiver is not None:
-            self._local.metrics.links.labels("in").dec()
             self._receiver.lose(error)
             self._deliver()
 

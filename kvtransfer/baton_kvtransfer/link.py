@@ -22,7 +22,7 @@ from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.config import TransferConfig
 from baton_kvtransfer.errors import Aborted, KVTransferError, PeerGone, WireError
 from baton_kvtransfer.layout import PageLayout
-from baton_kvtransfer.metrics import TransferMetrics
+from baton_kvtransfer.metrics import LinkMetrics, TransferMetrics
 from baton_kvtransfer.protocol import Timers
 from baton_kvtransfer.records import Direction, PeerInfo, PeerState
 from baton_kvtransfer.transport import Transport
@@ -64,6 +64,7 @@ class Link(ABC):
         self._peer_id = self._peer_incarnation = self._address = self._wire = self._reason = ""
         self._state: PeerState = "connecting"
         self._bytes = 0
+        self._counters: LinkMetrics | None = None  # while the link is up
         self._ended = ended
         self._lock = threading.Lock()
         self._commands: deque[Callable[[], None]] = deque()
@@ -129,9 +130,20 @@ class Link(ABC):
         for command in self._commands:
             command()
         self._tell_end(error)
+        if self._counters is not None:
+            self._counters.close()
         self._lose(error)
         self._waker.close()
         self._ended(self)
+
+    def _count_as_up(self) -> None:
+        self._counters = LinkMetrics(
+            self._local.metrics,
+            direction=self._direction,
+            peer=self._peer_id,
+            wire=self._wire,
+            now_s=self._local.clock.now(),
+        )
 
     def _tell_end(self, error: KVTransferError) -> None:
         was_up = self._state == "up"
@@ -149,26 +161,37 @@ class Link(ABC):
     def _loop(self, channel: Channel) -> None:
         """Until stopped; raises what ends the link."""
         timers, clock = self._local.timers, self._local.clock
-        poll = self._poll(channel)
+        poll, waker = self._poll(channel), self._waker.fileno()
         self._heard_s = clock.now()
-        busy = False
+        busy, unread = False, True  # the handshake may have read more than its own message
         while not self._stop:
-            wait_s = 0.0 if busy else self._tick_s - clock.now()
-            poll.poll(max(0.0, wait_s * 1e3))
-            self._waker.clear()
+            wait_s = 0.0 if busy or unread else self._tick_s - clock.now()
+            for fileno, _ in poll.poll(max(0.0, wait_s * 1e3)):
+                if fileno == waker:
+                    self._waker.clear()
+                else:
+                    unread = True
             self._run_commands()
-            for _ in range(MESSAGES_AT_ONCE):
-                if not self._read_one(channel):
-                    break
-                self._heard_s = clock.now()
+            if unread:
+                unread = self._read(channel)
             now_s = clock.now()
             if now_s - self._heard_s >= timers.lease_s:
                 raise PeerGone(f"silent for {now_s - self._heard_s:.1f} s", phase="alive")
             if now_s >= self._tick_s:
                 self._tick(now_s)
+                if self._counters is not None:
+                    self._counters.tick(now_s)
                 self._tick_s = now_s + (timers.tick_s if self._in_flight() else timers.alive_s)
             busy = self._work(channel)
             self._flush(channel)
+
+    def _read(self, channel: Channel) -> bool:
+        """What the channel has; True when there may be more."""
+        for _ in range(MESSAGES_AT_ONCE):
+            if not self._read_one(channel):
+                return False
+            self._heard_s = self._local.clock.now()
+        return True
 
     def _poll(self, channel: Channel) -> select.poll:
         poll = select.poll()
@@ -217,7 +240,7 @@ class Link(ABC):
 
     @abstractmethod
     def _flush(self, channel: Channel) -> None:
-        """Send messages, deliver results."""
+        """Send messages in one write, deliver results."""
 
     @abstractmethod
     def _in_flight(self) -> int: ...

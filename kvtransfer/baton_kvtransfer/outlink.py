@@ -127,7 +127,7 @@ class OutLink(Link):
         )
         self._peer_id, self._wire, self._state = welcome.worker_id, welcome.wire, "up"
         self._reason = "; ".join(part for part in (dialed.reason, welcome.reason) if part)
-        self._local.metrics.links.labels("out").inc()
+        self._count_as_up()
         log.info("link up", extra={"peer": self._peer_id, "direction": "out", "wire": self._wire, "why": self._reason})
 
     def _refusal(self, refused: PeerRefused) -> KVTransferError:
@@ -158,12 +158,13 @@ class OutLink(Link):
         push = self._sender.next_push()
         if push is None:
             return False
-        self._flush(channel)  # Reserve and the like come before the chunk
+        self._queue_messages(channel)  # Reserve and the like come before the chunk
         self._push(push, channel)
         return True
 
     def _push(self, push: Push, channel: Channel) -> None:
         assert self._reach is not None, "set by the handshake"
+        assert self._counters is not None, "set by the handshake"
         transfer = self._transfers[push.order.transfer_id]
         window = self._reach.window(push.chunk.slot, push.chunk.bytes)
         if not transfer.gate.enter():
@@ -174,7 +175,11 @@ class OutLink(Link):
             push.chunk.digest = self._blocks.gather(push.block, push.order.pages, window, seal)
         finally:
             transfer.gate.leave()
-        if self._reach.push(channel, PeerMessage(chunk=push.chunk), window):
+        clock = self._local.clock
+        begin_s = clock.now()
+        sent = self._reach.push(channel, PeerMessage(chunk=push.chunk), window)
+        self._counters.posted(clock.now() - begin_s)
+        if sent:
             self._pushed(push)
         else:
             self._flying[push.chunk.slot.index] = push
@@ -185,9 +190,8 @@ class OutLink(Link):
         if transfer is not None:
             transfer.backlog.left(push.block)
         self._bytes += push.chunk.bytes
-        metrics = self._local.metrics
-        metrics.bytes.labels("out", self._wire).inc(push.chunk.bytes)
-        metrics.chunks.labels("out", self._wire).inc()
+        assert self._counters is not None, "set by the handshake"
+        self._counters.moved(push.chunk.bytes)
 
     def _tick(self, now_s: float) -> None:
         self._sender.tick(now_s)
@@ -200,9 +204,13 @@ class OutLink(Link):
         self._gauged_slots = free
 
     def _flush(self, channel: Channel) -> None:
-        while self._sender.messages:
-            channel.send(self._sender.messages.popleft())
+        self._queue_messages(channel)
+        channel.flush()
         self._deliver()
+
+    def _queue_messages(self, channel: Channel) -> None:
+        while self._sender.messages:
+            channel.queue(self._sender.messages.popleft())
 
     def _deliver(self) -> None:
         while self._sender.ended:
@@ -210,7 +218,10 @@ class OutLink(Link):
 
     def _end(self, ended: Ended) -> None:
         transfer, metrics = self._transfers.pop(ended.transfer_id), self._local.metrics
-        if not transfer.end(ended.outcome):
+        told = transfer.end(ended.outcome)
+        if not told or isinstance(ended.outcome, Aborted):
+            metrics.aborts.labels("out").inc()
+        if not told:
             return
         if isinstance(ended.outcome, Receipt):
             metrics.committed.labels("out").inc()
@@ -228,12 +239,11 @@ class OutLink(Link):
         now_s = self._local.clock.now()
         for transfer_id in list(self._transfers):
             self._sender.abort(transfer_id, Aborted("the sender was closed"), now_s)
-        while self._sender.messages:
-            channel.send(self._sender.messages.popleft())
+        self._queue_messages(channel)
+        channel.flush()
 
     def _lose(self, error: KVTransferError) -> None:
         if self._reach is not None:
-            self._local.metrics.links.labels("out").dec()
             self._gauge_slots(0)
             self._reach.fence()
         self._asked.lose(error)

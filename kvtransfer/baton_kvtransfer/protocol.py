@@ -107,7 +107,14 @@ class Failed:
     error: BatonError
 
 
-Event = Receiving | Received | Failed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancelled:
+    """Its owner knows."""
+
+    transfer_id: TransferId
+
+
+Event = Receiving | Received | Failed | Cancelled
 
 
 def block_of(chunk: Chunk) -> Block:

@@ -25,6 +25,7 @@ from baton_kvtransfer.plan import Block, Coverage
 from baton_kvtransfer.protocol import (
     REMEMBERED_TRANSFERS,
     RESEND_ROUNDS,
+    Cancelled,
     Event,
     Failed,
     Received,
@@ -101,6 +102,11 @@ class Receiver:
 
     def __len__(self) -> int:
         return len(self._transfers)
+
+    @property
+    def owed_slots(self) -> int:
+        """Free again, and the peer does not know it before the next `flush`."""
+        return len(self._credits)
 
     def cancel(self, transfer_id: TransferId, error: BatonError) -> None:
         """From any thread: the owner took a transfer of ours back. The link thread acts on it when woken."""
@@ -314,6 +320,7 @@ class Receiver:
             transfer_id, error = self._cancelled.popleft()
             transfer = self._transfers.get(transfer_id)
             if transfer is not None and transfer.state is not ReceiveState.ABORTING:
+                self.events.append(Cancelled(transfer_id=transfer_id))
                 self._say_abort(transfer, error, now_s)
 
     def _fail(self, transfer: Incoming, error: BatonError, now_s: float) -> None:

@@ -7,7 +7,7 @@ would start a team of threads in every transfer thread and is slower at it. It d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,14 @@ Words = npt.NDArray[np.generic]
 Indices = npt.NDArray[np.intp]
 
 _REMEMBERED = 1024
+_PIECE_BYTES = 512 << 10
+"""Copied at once: fits the second-level cache of a core, with room for what is digested after it."""
+
+Copied = Callable[[memoryview], None]
+
+
+def ignore(piece: memoryview) -> None:
+    """Nobody wants to see it."""
 
 
 class PoolRows:
@@ -39,26 +47,42 @@ class PoolRows:
             self._rows = flat.view(self._row)
         self._first: dict[tuple[int, int, int, int], Indices] = {}  # of page 0, by layers and heads
 
-    def read(self, block: Block, pages: Sequence[PageId], out: memoryview) -> None:
-        """Fill `out`, which is as large as the block: [layer, kv, head, token, dim], contiguous."""
+    def read(self, block: Block, pages: Sequence[PageId], out: memoryview, copied: Copied = ignore) -> None:
+        """Fill `out`, which is as large as the block: [layer, kv, head, token, dim], contiguous.
+
+        `copied` gets each piece of it, in order, as soon as it is filled and still in the processor's cache.
+        """
         indices = self._whole(block, pages)
         if indices is not None:
             assert self._rows is not None, "_whole looked"
-            # "clip" does not check, and needs no buffer: the endpoint looked at the page table when it was handed over
-            np.take(self._rows, indices, out=np.frombuffer(out, self._row), mode="clip")
+            for piece, wanted in self._pieces(indices, out):
+                # "clip" does not check, and needs no buffer: the endpoint looked at the page table when it got it
+                np.take(self._rows, wanted, out=np.frombuffer(piece, self._row), mode="clip")
+                copied(piece)
             return
         for cells, part in self._by_page(block, pages, out):
             np.copyto(part, cells)
+        copied(out)
 
-    def write(self, block: Block, pages: Sequence[PageId], source: memoryview) -> None:
-        """The inverse of `read`."""
+    def write(self, block: Block, pages: Sequence[PageId], source: memoryview, copied: Copied = ignore) -> None:
+        """The inverse of `read`. `copied` gets each piece of `source` after it was copied."""
         indices = self._whole(block, pages)
         if indices is not None:
             assert self._rows is not None, "_whole looked"
-            self._rows[indices] = np.frombuffer(source, self._row)
+            for piece, wanted in self._pieces(indices, source):
+                self._rows[wanted] = np.frombuffer(piece, self._row)
+                copied(piece)
             return
         for cells, part in self._by_page(block, pages, source):
             np.copyto(cells, part)
+        copied(source)
+
+    def _pieces(self, indices: Indices, view: memoryview) -> Iterator[tuple[memoryview, Indices]]:
+        size = self._row.itemsize
+        step = max(1, _PIECE_BYTES // size)
+        for begin in range(0, len(indices), step):
+            wanted = indices[begin : begin + step]
+            yield view[begin * size : (begin + len(wanted)) * size], wanted
 
     def _by_page(self, block: Block, pages: Sequence[PageId], view: memoryview) -> Iterator[tuple[Words, Words]]:
         """What of a page, and of the payload, belongs together."""

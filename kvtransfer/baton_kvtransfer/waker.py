@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import socket
+import os
+
+_ONE = (1).to_bytes(8, "little")
 
 
 class Waker:
     """`wake` costs one small write, and none when a wake is pending already."""
 
     def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
+        # a file object, not the number: that one may be somebody else's as soon as it is closed
+        self._event = os.fdopen(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+b", buffering=0)
         self._pending = False
 
     def fileno(self) -> int:
-        return self._read.fileno()
+        return self._event.fileno()
 
     def wake(self) -> None:
         if not self._pending:
             self._pending = True
-            with contextlib.suppress(OSError):  # closed: nobody is left to wake
-                self._write.send(b"\0")
+            with contextlib.suppress(ValueError):  # closed: nobody is left to wake
+                self._event.write(_ONE)
 
     def clear(self) -> None:
-        """Call before looking for work, so that work posted meanwhile wakes again."""
-        with contextlib.suppress(OSError):
-            self._read.recv(64)
+        """Call when the descriptor is readable, before looking for work: what is posted meanwhile wakes again."""
+        self._event.read(8)
         self._pending = False
 
     def close(self) -> None:
-        self._read.close()
-        self._write.close()
+        self._event.close()

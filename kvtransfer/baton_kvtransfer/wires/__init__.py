@@ -49,7 +49,8 @@ class Reach(Protocol):
         """Where to gather a chunk for that slot. Valid until the push."""
 
     def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
-        """True: the chunk is sent and the window may be reused. False: `settled` will say so. Raises PeerGone."""
+        """True: the chunk is sent, or queued on the channel, and the window may be reused with its slot's next credit.
+        False: `settled` will say so. Raises PeerGone."""
 
     def settled(self, channel: Channel) -> Sequence[int]:
         """Slots whose chunk has been sent since the last call. Raises PeerGone, WireError for one that never will."""

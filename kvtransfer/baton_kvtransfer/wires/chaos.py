@@ -90,6 +90,12 @@ class ChaosChannel:
     def receive(self, land: Land) -> PeerMessage | None:
         return self._inner.receive(land)
 
+    def queue(self, message: PeerMessage) -> None:
+        self.send(message)
+
+    def flush(self) -> None:
+        self._inner.flush()
+
     def send(self, message: PeerMessage, payload: memoryview | None = None, fds: Sequence[int] = ()) -> None:
         faults, kind = self._faults, message.WhichOneof("kind")
         if kind in _HANDSHAKE or kind in faults.spare:

@@ -84,7 +84,7 @@ class InprocMemory:
         return self.slot(slot.index, size)
 
     def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
-        channel.send(message)
+        channel.queue(message)
         return True
 
     def settled(self, channel: Channel) -> Sequence[int]:

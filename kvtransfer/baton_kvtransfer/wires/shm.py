@@ -90,7 +90,7 @@ class ShmReach:
         return self._view[begin : begin + size]
 
     def push(self, channel: Channel, message: PeerMessage, window: memoryview) -> bool:
-        channel.send(message)
+        channel.queue(message)
         return True
 
     def settled(self, channel: Channel) -> Sequence[int]:

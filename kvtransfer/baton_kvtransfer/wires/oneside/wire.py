@@ -112,7 +112,7 @@ class OnesideReach:
             index, error = self._over.popleft()
             if error is not None:
                 raise error
-            channel.send(self._headers.pop(index))
+            channel.queue(self._headers.pop(index))
             settled.append(index)
         self._start()
         return settled
