@@ -17,7 +17,7 @@ from story.network import Connections
 from story.place import place, why_not
 from story.prometheus import Prometheus
 from story.watch import PodHistory
-from story.world import SCALABLE, SMALL, TEAM, World
+from story.world import SCALABLE, SMALL, TEAM, TIERS, World
 from support.chart import NAMESPACE
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -94,12 +94,12 @@ def url(world: World) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def edited(world: World, history: PodHistory, prometheus: Prometheus | None) -> None:
     """The sample, so that an autoscaler's numbers are free to change, answers do not depend on who computes beside whom
-    (float32), and there are two routers.
+    (float32), there are two routers, and KV is kept in memory and on disk.
     """
     began_s = time.monotonic()
     world.patch_service({
         "model": {"dtype": "float32"}, "prefill": SCALABLE, "decode": SCALABLE,
-        "router": {"replicas": 2, "resources": SMALL},
+        "router": {"replicas": 2, "resources": SMALL}, "cache": TIERS,
     })  # fmt: skip
     world.wait_rolled_out()
     world.wait_ready(prefill=1, decode=1, router=2)

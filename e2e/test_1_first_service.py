@@ -6,14 +6,13 @@ import re
 
 import openai
 import yaml
-from story.load import MODEL, ask, ask_streamed, client
+from story.load import LONG, MODEL, ask, ask_streamed, client
 from story.network import Connections
 from story.watch import PodHistory, Truth
 from story.world import ROLES, SERVICE, TEAM, World, conditions
 from support.chart import NAMESPACE, ROOT
 
 SAMPLE = ROOT / "docs/samples/cpu-demo.yaml"
-LONG = " ".join(["What is a page?"] * 20)
 
 
 def test_helm_installs_and_names_the_next_command(world: World, history: PodHistory, connections: Connections) -> None:

@@ -6,11 +6,12 @@ The service is the sample after one edit: see `conftest.edited`.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from story.load import Load, client
+from story.load import LONG, Load, ask, client
 from story.watch import PodHistory, Truth
 from story.world import ONE_THREAD, SERVICE, TEAM, World
 
@@ -71,6 +72,43 @@ def test_deleting_a_pod_costs_nobody_an_answer(world: World, load: Load, role: s
         name = delete(world, role)
         world.wait(f"{name} is gone", lambda: not world.exists("pod", name))
         world.wait_ready(**counts)
+
+
+def test_streams_move_when_their_decode_pod_is_deleted(world: World, load: Load) -> None:
+    """With another one there nobody waits for its successor, and nothing is computed twice."""
+
+    def moved() -> float:
+        return world.total("router", "baton_router_migrations_total", outcome="moved")
+
+    scale(world, "decode", 2)
+    before = moved()
+    with load.undisturbed_by("decode pod deleted, another one there"):
+        name = delete(world, "decode")
+        world.wait("a request has moved", lambda: moved() > before)
+        world.wait(f"{name} is gone", lambda: not world.exists("pod", name))
+        world.wait_ready(decode=2)
+    print(f"{moved() - before:.0f} requests moved")
+    scale(world, "decode", 1)
+
+
+def test_a_new_prefill_pod_takes_back_what_decode_has(world: World, url: str) -> None:
+    """It has computed nothing yet; the next turn begins with what the former one handed over."""
+    opening, whole, salt = " ".join([LONG] * 2), " ".join([LONG] * 4), secrets.token_hex(8)
+    expected = ask(url, whole)
+    ask(url, opening, salt=salt)
+    name = delete(world, "prefill")
+    world.wait(f"{name} is gone", lambda: not world.exists("pod", name))
+    world.wait_ready(prefill=1)
+    before = world.total("prefill", "baton_kvtransfer_committed_total", direction="in")
+    assert ask(url, whole, salt=salt) == expected
+    assert world.total("prefill", "baton_kvtransfer_committed_total", direction="in") > before
+
+
+def test_tiers_keep_what_was_computed(world: World) -> None:
+    for role in ("prefill", "decode"):
+        for tier in ("host", "file"):
+            assert world.total(role, "baton_tier_bytes_total", tier=tier, direction="in") > 0
+        assert world.total(role, "baton_tier_off") == 0
 
 
 def test_an_update_of_a_role_is_rolled_out_without_an_error(world: World, load: Load) -> None:

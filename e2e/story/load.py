@@ -22,6 +22,7 @@ MODEL = "baton-demo"
 STREAMS = 16
 OUTPUT_TOKENS = 96
 PATIENCE_S = 120.0  # of a client; a slow machine is no error
+LONG = " ".join(["What is a page?"] * 20)  # longer than what decode computes itself
 SUBJECTS = ("a page", "prefill", "decode", "a handoff", "a router", "a prefix", "the KV cache", "a step")
 
 
@@ -35,10 +36,10 @@ def questions() -> list[str]:
     return found
 
 
-def _request(question: str, *, tokens: int = OUTPUT_TOKENS) -> dict[str, object]:
+def _request(question: str, *, tokens: int = OUTPUT_TOKENS, salt: str = "") -> dict[str, object]:
     return {
         "model": MODEL, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": tokens,
-        "extra_body": {"ignore_eos": True, "cache_salt": secrets.token_hex(8)},
+        "extra_body": {"ignore_eos": True, "cache_salt": salt or secrets.token_hex(8)},
     }  # fmt: skip
 
 
@@ -51,10 +52,10 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         )
 
 
-def ask(url: str, question: str, *, tokens: int = OUTPUT_TOKENS) -> str:
-    """One whole answer. Raises openai.OpenAIError."""
+def ask(url: str, question: str, *, tokens: int = OUTPUT_TOKENS, salt: str = "") -> str:
+    """One whole answer. Requests with one `salt` share caches; none = with nobody. Raises openai.OpenAIError."""
     with client(url) as asking:
-        answer = asking.chat.completions.create(**_request(question, tokens=tokens))  # type: ignore[call-overload]
+        answer = asking.chat.completions.create(**_request(question, tokens=tokens, salt=salt))  # type: ignore[call-overload]
     return str(answer.choices[0].message.content)
 
 

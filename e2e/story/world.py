@@ -34,6 +34,7 @@ METRICS_PORTS = {"prefill": 9090, "decode": 9090, "router": 8000, "operator": 90
 SMALL = {"requests": {"cpu": "50m", "memory": "256Mi"}}
 ONE_THREAD = {"spec": {"containers": [{"name": "main", "env": [{"name": "OMP_NUM_THREADS", "value": "1"}]}]}}
 SCALABLE = {"replicas": None, "minReplicas": 1, "maxReplicas": 3, "resources": SMALL, "podTemplate": ONE_THREAD}
+TIERS = {"hostMemory": "64Mi", "disk": {"size": "128Mi"}}
 RESYNC_S = 5  # passes over a service that is at rest, often enough to count them
 WAIT_S = 180.0  # generous: two cores, sixteen streams, and an import of torch per pod
 

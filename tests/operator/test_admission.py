@@ -16,8 +16,8 @@ from baton_operator.metrics import OperatorMetrics
 from baton_operator.prerequisites import ClusterFacts
 
 GPU = {"device": "cuda", "gpu": {"resource": "nvidia.com/gpu", "perNode": 4}}
-OTHER_PAGES = {"podTemplate": {"spec": {"containers": [{"name": "main", "args": ["--page-tokens", "32"]}]}}}
-SMALL_PAGES = {"podTemplate": {"spec": {"containers": [{"name": "main", "args": ["--page-tokens", "16"]}]}}}
+IN_FLOAT32 = {"podTemplate": {"spec": {"containers": [{"name": "main", "args": ["--dtype", "float32"]}]}}}
+IN_BFLOAT16 = {"podTemplate": {"spec": {"containers": [{"name": "main", "args": ["--dtype", "bfloat16"]}]}}}
 
 
 class Gate:
@@ -55,7 +55,7 @@ async def test_an_autoscaled_pool_without_an_autoscaler_is_worth_no_word(gate: G
     ("spec", "reason"),
     [
         ({"profile": "bare", "parallelism": {"tensor": 2}}, "NotSupported"),
-        ({"prefill": OTHER_PAGES, "decode": SMALL_PAGES}, "KvMismatch"),
+        ({"prefill": IN_FLOAT32, "decode": IN_BFLOAT16}, "KvMismatch"),
         ({"model": {"uri": "baton://demo", "kvDtype": "wrong"}}, "InvalidSpec"),
     ],
 )

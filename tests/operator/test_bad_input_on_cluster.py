@@ -169,7 +169,7 @@ NO_IMAGE: Tree = {
     }}
 }  # fmt: skip
 WRONG = container(env=[{"name": "BATON_ROUTER_LOG_LEVEL", "value": "loud"}])
-KV = [{"name": "BATON_ENGINE_KV_DTYPE", "value": "float32"}]
+OTHER_DTYPE = [{"name": "BATON_ENGINE_DTYPE", "value": "float32"}]
 FREE: Tree = {"podTemplate": {"spec": {}}}
 
 
@@ -203,10 +203,10 @@ MISTAKES = [
             ("no AcceleratorProfile absent", "create it", "tiny"), made=(profile("absent", nowhere="true"),)),
     Mistake("tensor", spec(profile="h200", parallelism={"tensor": 8}), "Accepted", "NotSupported",
             ("set parallelism.tensor to 1",), mended=spec(profile="h200")),
-    Mistake("kv-dtype", spec(model={"uri": "baton://demo", "kvDtype": "bfloat16"}, decode=container(env=KV),
-                             profile=NOWHERE), "Accepted", "KvMismatch",
+    Mistake("dtype", spec(model={"uri": "baton://demo", "dtype": "bfloat16"}, decode=container(env=OTHER_DTYPE),
+                          profile=NOWHERE), "Accepted", "KvMismatch",
             ("prefill says bfloat16 and decode says float32", "spec.model"),
-            mended=spec(model={"uri": "baton://demo", "kvDtype": "bfloat16"})),
+            mended=spec(model={"uri": "baton://demo", "dtype": "bfloat16"})),
     Mistake("unknown-keys", spec(router={"apiKeysSecret": "keys"}), "RouterReady", "SecretNotFound",
             ("no Secret keys", "create it, or change spec.router.apiKeysSecret"), made=(secret("keys"),),
             healed=lambda found: found["reason"] in ("PodsStarting", "Unschedulable")),

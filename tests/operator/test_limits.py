@@ -1,4 +1,4 @@
-"""What the API takes and this release cannot run; and podTemplates that make two roles speak different KV."""
+"""What the API takes and this release cannot run; and podTemplates that make two roles compute different KV."""
 
 from __future__ import annotations
 
@@ -42,13 +42,12 @@ def test_parallelism_counts_only_for_roles_that_may_have_workers() -> None:
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [
-        (env("KV_DTYPE", "float32"), env("KV_DTYPE", "bfloat16")),
-        (main(args=["--kv-dtype=float32"]), env("KV_DTYPE", "bfloat16")),
-        (main(args=["--page-tokens", "32"]), main(args=["--page-tokens", "64"])),
         (env("DTYPE", "float32"), env("DTYPE", "bfloat16")),
+        (main(args=["--dtype=float32"]), env("DTYPE", "bfloat16")),
+        (main(args=["--dtype", "float32"]), main(args=["--dtype", "bfloat16"])),
     ],
 )
-def test_roles_that_say_different_things_about_kv_cannot_pair(prefill: Tree, decode: Tree) -> None:
+def test_roles_that_compute_in_different_formats_cannot_pair(prefill: Tree, decode: Tree) -> None:
     words = mismatch(prefill=prefill, decode=decode)
     assert "KV cannot be handed over" in words
     assert "spec.model" in words
@@ -58,8 +57,10 @@ def test_roles_that_say_different_things_about_kv_cannot_pair(prefill: Tree, dec
     ("prefill", "decode"),
     [
         ({}, {}),
-        (env("KV_DTYPE", "float32"), env("KV_DTYPE", "float32")),
-        (env("KV_DTYPE", "float32"), {}),  # the other side follows the checkpoint: only the workers know
+        (env("DTYPE", "float32"), env("DTYPE", "float32")),
+        (env("KV_DTYPE", "float32"), env("KV_DTYPE", "bfloat16")),  # converted on the way, as are pages
+        (main(args=["--page-tokens", "32"]), main(args=["--page-tokens", "64"])),
+        (env("DTYPE", "float32"), {}),  # the other side follows the checkpoint: only the workers know
         (env("MAX_ROWS", "8"), env("MAX_ROWS", "16")),
     ],
 )
@@ -68,5 +69,5 @@ def test_what_agrees_or_is_decided_by_the_checkpoint_is_let_through(prefill: Tre
 
 
 def test_a_flag_wins_over_a_variable_as_in_the_worker() -> None:
-    both = main(env=[{"name": "BATON_ENGINE_KV_DTYPE", "value": "float32"}], args=["--kv-dtype", "bfloat16"])
-    assert mismatch(prefill=both, decode=env("KV_DTYPE", "bfloat16")) == ""
+    both = main(env=[{"name": "BATON_ENGINE_DTYPE", "value": "float32"}], args=["--dtype", "bfloat16"])
+    assert mismatch(prefill=both, decode=env("DTYPE", "bfloat16")) == ""

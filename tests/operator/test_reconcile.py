@@ -178,11 +178,11 @@ async def test_what_this_release_cannot_run_is_told_before_any_pod_is_made(spec:
     assert world.condition("Accepted")["status"] == "True"
 
 
-async def test_a_number_format_of_kv_that_differs_between_roles_is_told() -> None:
-    env = {"name": "BATON_ENGINE_KV_DTYPE", "value": "float32"}
+async def test_a_number_format_that_differs_between_roles_is_told() -> None:
+    env = {"name": "BATON_ENGINE_DTYPE", "value": "float32"}
     patch = {"podTemplate": {"spec": {"containers": [{"name": "main", "env": [env]}]}}}
     world = World()
-    model = {"uri": "hf://Qwen/Qwen3-0.6B", "kvDtype": "bfloat16"}
+    model = {"uri": "hf://Qwen/Qwen3-0.6B", "dtype": "bfloat16"}
     world.server.put(INFERENCE_SERVICE, service_object(model=model, decode=patch))
     await world.settle()
     assert world.condition("Accepted")["reason"] == "KvMismatch"

@@ -41,7 +41,7 @@ class Model(Strict):
     ] = None
     dtype: Annotated[Dtype, Field(description="of weights and activations; auto = as the checkpoint says")] = "auto"
     kv_dtype: Annotated[
-        Dtype, Field(description="of the KV cache, one for all roles, so that it can be handed over; auto = as dtype")
+        Dtype, Field(description="of the KV cache, of all roles; auto = as dtype")
     ] = "auto"
     context_tokens: Annotated[
         int | None,

@@ -189,9 +189,7 @@ def _settings(spec: ServiceSpec, profile: AcceleratorProfile) -> Mapping[str, Ma
 
 def _kv_identity(spec: ServiceSpec) -> Mapping[str, Json]:
     model = spec.model
-    return {
-        "uri": model.uri, "revision": model.revision, "dtype": model.dtype, "kvDtype": model.kv_dtype,
-    }  # fmt: skip
+    return {"uri": model.uri, "revision": model.revision, "dtype": model.dtype}
 
 
 def _endpoint(service: InferenceService) -> Endpoint:

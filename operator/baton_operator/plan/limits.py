@@ -11,7 +11,7 @@ from baton_operator.plan.blueprint import Blueprint
 from baton_operator.plan.labels import Component
 from baton_operator.plan.pods import MAIN_CONTAINER, pod_template
 
-_SHARED = ("dtype", "kv_dtype", "page_tokens")  # of a worker's engine; KV can only be handed over where they are equal
+_SHARED = ("dtype",)  # of a worker's engine; KV can only be handed over where they are equal, all else is converted
 _OPEN = frozenset({"", "auto"})  # decided by the checkpoint: the workers compare, and a router tells
 
 
