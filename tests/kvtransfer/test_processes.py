@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-from support.kv_peer import serve
+from support.kv_processes import TOKENS, Process, receive_from, send_to
 from support.kv_wires import ONESIDED, over
-from support.kv_world import LAYOUT, Run, Side, World, eventually, positions
+from support.kv_world import LAYOUT, Side, World, eventually, positions
 
 from baton_kvtransfer import Receipt
 from baton_kvtransfer.errors import DeadlineExceeded, KVTransferError, PeerGone
 
 WIRES = over("shm", "tcp", *ONESIDED)
-TOKENS = 200
-PAGES_USED = list(range(13))
 SILENT = (PeerGone, DeadlineExceeded)  # the silence of the link, or of the transfer, which begins a moment earlier
 RESET_S, SILENCE_S = 0.2, 3.5
 """Goals on a machine that has nothing else to do; tests run on others, too."""
-
-# children come out of a server that has torch loaded already, and no threads
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "baton_kvtransfer", "prometheus_client"])
-
-
-class Process:
-    def __init__(self, name: str, incarnation: str, wire: str) -> None:
-        self.incarnation = incarnation
-        self._pipe, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=serve, args=(theirs, name, incarnation, wire), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.address = str(self.hear()["address"])
-
-    def tell(self, **order: object) -> None:
-        self._pipe.send_bytes(json.dumps(order).encode())
-
-    def hear(self) -> dict[str, object]:
-        assert self._pipe.poll(30), "the process says nothing"
-        heard: dict[str, object] = json.loads(self._pipe.recv_bytes())
-        return heard
-
-    def signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join(10)
-        self._pipe.close()
 
 
 @pytest.fixture(params=WIRES)
@@ -76,27 +40,6 @@ def sender(world: World) -> Iterator[Process]:
     process = Process("other", "other-1", world.wire)
     yield process
     process.end()
-
-
-def send_to(world: World, process: Process, *, everything: bool) -> Run:
-    transfer_id = world.next_id()
-    process.tell(do="expect", id=transfer_id, pages=PAGES_USED, tokens=TOKENS)
-    assert process.hear() == {"expected": transfer_id}
-    run = world.start(0, TOKENS, expect=False, address=process.address, incarnation=process.incarnation)
-    run.handle.ready(0, LAYOUT.layers if everything else 2, 0, TOKENS)
-    return run
-
-
-def receive_from(world: World, process: Process, *, everything: bool) -> Run:
-    """The process sends; the run's own sending half is pointed at nobody and fails at once."""
-    run = world.start(0, TOKENS, address="tcp://127.0.0.1:9", incarnation="nobody")
-    run.sent.wait()
-    process.tell(
-        do="send", id=run.transfer_id, pages=PAGES_USED, tokens=TOKENS, all=everything,
-        address=world.receiver.address, incarnation=world.receiver.incarnation,
-    )  # fmt: skip
-    assert process.hear() == {"sending": run.transfer_id}
-    return run
 
 
 def test_bytes_cross_to_another_process_and_back(world: World, receiver: Process) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from support.kv_world import LAYOUT, Outcome, Side, setting
 
+from baton_common.errors import BatonError
 from baton_common.ids import PageId, RequestId, TransferId
-from baton_kvtransfer import FirstToken, Inbound, Outbound, Receipt, TransferConfig
+from baton_kvtransfer import FirstToken, Inbound, Outbound, Receipt, Transfer, TransferConfig
 
 
 class Peer:
     """Answers each order with a line, and says how each transfer it sends ended."""
 
-    def __init__(self, pipe: Connection, name: str, incarnation: str, wire: str) -> None:
-        config = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=2)
+    def __init__(self, pipe: Connection, name: str, incarnation: str, wire: str, listen: str = "127.0.0.1:0") -> None:
+        config = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=2, listen=listen)
         self._pipe = pipe
+        self._transfers: dict[str, Transfer] = {}
         self._side = Side(name, config=config, incarnation=incarnation)
         self.say(address=self._side.address)
 
@@ -28,11 +30,25 @@ class Peer:
     def run(self) -> None:
         while True:
             order = json.loads(self._pipe.recv_bytes())
-            pages = [PageId(page) for page in order["pages"]]
-            if order["do"] == "expect":
-                self.expect(TransferId(order["id"]), pages, order["tokens"])
-            else:
-                self.send(order, pages)
+            pages = [PageId(page) for page in order.get("pages", ())]
+            match order["do"]:
+                case "expect":
+                    self.expect(TransferId(order["id"]), pages, order["tokens"])
+                case "send":
+                    self.send(order, pages)
+                case "fill":
+                    self._side.pool.fill_(order["value"])
+                    self.say(filled=order["value"])
+                case "abort":
+                    self._transfers[order["id"]].abort(BatonError("changed my mind"))
+                case "cancel":
+                    self._side.endpoint.cancel(TransferId(order["id"]), BatonError("changed my mind"))
+                case "look":
+                    outcome = self._side.inbound[TransferId(order["id"])]
+                    kind = "" if outcome.value is None else type(outcome.value).__name__
+                    self.say(receiving=outcome.receiving, kind=kind)
+                case unknown:
+                    raise ValueError(unknown)
 
     def expect(self, transfer_id: TransferId, pages: list[PageId], tokens: int) -> None:
         self._side.inbound[transfer_id] = Outcome()
@@ -50,7 +66,7 @@ class Peer:
 
     def send(self, order: dict[str, Any], pages: list[PageId]) -> None:
         tokens = order["tokens"]
-        transfer = self._side.endpoint.open(
+        transfer = self._transfers[order["id"]] = self._side.endpoint.open(
             Outbound(
                 transfer_id=TransferId(order["id"]),
                 request_id=RequestId("r"),
@@ -69,6 +85,6 @@ class Peer:
             transfer.finish(FirstToken(token_id=tokens, position=0))
 
 
-def serve(pipe: Connection, name: str, incarnation: str, wire: str) -> None:
+def serve(pipe: Connection, name: str, incarnation: str, wire: str, listen: str = "127.0.0.1:0") -> None:
     torch.set_num_threads(1)
-    Peer(pipe, name, incarnation, wire).run()
+    Peer(pipe, name, incarnation, wire, listen).run()
