@@ -38,6 +38,11 @@ class Outgoing:
         assert to in SEND_EDGES[self.state], f"{self.order.transfer_id}: {self.state.value} -> {to.value}"
         self.state = to
 
+    @property
+    def left_cells(self) -> int:
+        """Announced, or to be sent again, and not under way yet."""
+        return self.pending.left_cells + sum(self.blocks[sequence].cells for sequence in self.again)
+
     def receipt(self, peer: str, wire: str, now_s: float) -> Receipt:
         begin_s = self.finish_s if self.first_chunk_s is None else self.first_chunk_s
         return Receipt(

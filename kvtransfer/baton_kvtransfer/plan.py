@@ -37,13 +37,18 @@ class Block:
     def tokens(self) -> int:
         return self.token_end - self.token_begin
 
+    @property
+    def cells(self) -> int:
+        """(layer, head, position)s."""
+        return self.layers * self.heads * self.tokens
+
     def shape(self, layout: PageLayout) -> tuple[int, int, int, int, int]:
         """Of the payload."""
         return (self.layers, layout.kv, self.heads, self.tokens, layout.dim)
 
     def bytes(self, layout: PageLayout) -> int:
         """Of the payload, scales included."""
-        return self.layers * self.heads * self.tokens * cell_bytes(layout)
+        return self.cells * cell_bytes(layout)
 
     def values_bytes(self, layout: PageLayout) -> int:
         """Of the payload, without its scales."""
@@ -109,6 +114,11 @@ class Pending:
     @property
     def empty(self) -> bool:
         return not self._ranges
+
+    @property
+    def left_cells(self) -> int:
+        """Announced and not taken: (layer, head, position)s."""
+        return sum(block.cells for block in self._ranges)
 
     def add(self, layer_begin: int, layer_end: int, token_begin: int, token_end: int) -> None:
         """Announce; what lies outside the transfer or was announced before is ignored. ValueError for a gap."""

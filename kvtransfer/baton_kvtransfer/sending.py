@@ -2,9 +2,10 @@
 
     QUEUED -> PREFILLING -> SENDING <-> SENT -> RELEASED;  any -> ABORTING -> DRAINED
 
-Pages are read (gathered) in PREFILLING and SENDING only. Credits are the only flow control; transfers with something to
-send take turns, one chunk each. A failure here is reported at once; only when nothing but the Commit is missing, the
-verdict waits for the peer's last word, because the receiver may have committed already.
+Pages are read (gathered) in PREFILLING and SENDING only. Credits are the only flow control. Last chunk first: a slot
+goes to the transfer that was announced to its end and has least left, every FAIR_TURNth to who waited longest. A
+failure here is reported at once; only when nothing but the Commit is missing, the verdict waits for the peer's last
+word, because the receiver may have committed already.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from baton_kvtransfer.protocol import SendState, Timers, first_to_wire
 from baton_kvtransfer.records import FirstToken, Outbound, Receipt
 from baton_kvtransfer.slots import Credits
 from baton_proto.peer_pb2 import Alive, Chunk, Drained, PeerAbort, PeerMessage, Resend, Reserve, Sent, Slot
+
+FAIR_TURN = 4
+"""With n transfers that have something to send, none waits for more than FAIR_TURN * n chunks of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,8 @@ class Sender:
         self._progress_s = 0.0  # of the link: a chunk left or a new credit came
         self._alive_s = 0.0
         self._transfers: dict[TransferId, Outgoing] = {}
-        self._turns: dict[TransferId, None] = {}  # an ordered set: who may have a chunk to send
+        self._turns: dict[TransferId, None] = {}  # an ordered set: who may have a chunk to send; first waited longest
+        self._pushes = 0
         self._flying: dict[int, TransferId] = {}  # slot -> whose chunk is under way into it
         self.messages: deque[PeerMessage] = deque()  # to be sent, in order
         self.ended: deque[Ended] = deque()  # to be told
@@ -135,9 +140,9 @@ class Sender:
 
     # ---- chunks -------------------------------------------------------------------------------------------------
     def next_push(self) -> Push | None:
-        """The next chunk, if there is a credit for it; transfers take turns."""
+        """The next chunk, if there is a credit for it."""
         while self._turns and len(self._credits):
-            transfer_id = next(iter(self._turns))
+            transfer_id = self._next_turn()
             del self._turns[transfer_id]
             transfer = self._live(transfer_id)
             if transfer is None or transfer.state not in (SendState.PREFILLING, SendState.SENDING):
@@ -145,8 +150,16 @@ class Sender:
             push = self._carve(transfer)
             if push is not None:
                 self._turns[transfer_id] = None  # to the end of the line
+                self._pushes += 1
                 return push
         return None
+
+    def _next_turn(self) -> TransferId:
+        longest = next(iter(self._turns))
+        if len(self._turns) == 1 or self._pushes % FAIR_TURN == FAIR_TURN - 1:
+            return longest
+        finished = [transfer_id for transfer_id in self._turns if self._transfers[transfer_id].finished]
+        return min(finished, key=lambda each: self._transfers[each].left_cells, default=longest)
 
     def _carve(self, transfer: Outgoing) -> Push | None:
         if transfer.again:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support.kv_pure import LAYOUT, Letter, Life, PureLink
+from support.kv_pure import LAYOUT, SLOT_BYTES, TIMERS, Letter, Life, PureLink
 
 from baton_common.errors import ErrorKind
+from baton_common.ids import PageId, RequestId, TransferId
 from baton_kvtransfer.errors import Aborted, Corrupt, DeadlineExceeded, PeerGone, WireError
 from baton_kvtransfer.protocol import RECEIVE_EDGES, SEND_EDGES, ReceiveState, SendState
-from baton_kvtransfer.records import FirstToken, Receipt
-from baton_proto.peer_pb2 import Commit, Credit, PeerMessage, Reserve, Sent, Slot
+from baton_kvtransfer.records import FirstToken, Outbound, Receipt
+from baton_kvtransfer.sending import FAIR_TURN, Sender
+from baton_proto.peer_pb2 import Commit, Credit, Granted, PeerMessage, Reserve, Sent, Slot
 
 RANGES = st.tuples(st.integers(0, 9), st.integers(1, 12))  # first position, count
 FAULTS = ["write late", "drop", "deliver early", "deliver twice", "flip"]
@@ -81,16 +83,89 @@ def test_no_chunk_leaves_without_a_credit() -> None:
     assert world.push()
 
 
-def test_transfers_of_one_link_take_turns() -> None:
+def pushed_ids(world: PureLink) -> list[str]:
+    return [letter.message.chunk.transfer_id for letter in world.forth if letter.message.HasField("chunk")]
+
+
+def test_transfers_that_still_prefill_take_turns() -> None:
     world = link()
     lives = [opened(world, 0, 12), opened(world, 0, 12)]
     world.settle()
     for life in lives:
-        announce_all(world, life)
+        for _ in range(3):
+            world.progress(life)
     while world.push():
         pass
-    names = [letter.message.chunk.transfer_id for letter in world.forth if letter.message.HasField("chunk")]
-    assert names == ["t0", "t1", "t0"]
+    assert pushed_ids(world) == ["t0", "t1", "t0"]
+
+
+def test_the_transfer_that_can_be_over_first_goes_first() -> None:
+    world = link()
+    prefilling, long, short = opened(world, 0, 12), opened(world, 0, 12), opened(world, 0, 4)
+    world.settle()
+    for _ in range(3):
+        world.progress(prefilling)
+    announce_all(world, long)
+    announce_all(world, short)
+    while world.push():
+        pass
+    assert pushed_ids(world) == [short.transfer_id] * 3
+
+
+class Line:
+    """A sender alone, with as many credits as it wants: who is served, and after how many chunks of others."""
+
+    def __init__(self, sizes: list[int], finished: list[bool]) -> None:
+        self.sender = Sender(layout=LAYOUT, slot_bytes=SLOT_BYTES, timers=TIMERS)
+        self.sender.connected(
+            peer="d", wire="pure", slots=[Slot(index=0, generation=1)], slot_bytes=SLOT_BYTES, payload=LAYOUT.dtype,
+            now_s=0.0,
+        )  # fmt: skip
+        self.names = [TransferId(f"t{number}") for number in range(len(sizes))]
+        for name, tokens in zip(self.names, sizes, strict=True):
+            order = Outbound(
+                transfer_id=name, request_id=RequestId("r"), peer_address="", peer_incarnation="",
+                pages=[PageId(0)] * tokens, first_token=0, end_token=tokens, deadline_s=1e9, done=lambda _: None,
+            )  # fmt: skip
+            self.sender.open(order, 0.0)
+            self.sender.receive(PeerMessage(granted=Granted(transfer_id=name)), 0.0)
+            self.sender.ready(name, (0, LAYOUT.layers), (0, tokens), 0.0)
+        for name, over in zip(self.names, finished, strict=True):
+            if over:
+                self.sender.finish(name, FirstToken(token_id=1, position=0), 0.0)
+
+    def serve(self) -> TransferId | None:
+        push = self.sender.next_push()
+        if push is None:
+            return None
+        self.sender.pushed(push, 0.0)
+        slot = push.chunk.slot
+        credit = Credit(slots=[Slot(index=slot.index, generation=slot.generation + 1)])
+        self.sender.receive(PeerMessage(credit=credit), 0.0)
+        return push.order.transfer_id
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=6))
+def test_nobody_starves_and_three_of_four_chunks_are_of_who_is_nearest_its_end(made: list[tuple[int, bool]]) -> None:
+    line = Line([size for size, _ in made], [over for _, over in made])
+    most = FAIR_TURN * len(line.names)
+    served: list[TransferId] = []
+    by_rule = 0
+    while True:
+        left = {name: line.sender._transfers[name].left_cells for name in line.names}
+        finished = {name: left[name] for name, (_, over) in zip(line.names, made, strict=True) if over and left[name]}
+        name = line.serve()
+        if name is None:
+            break
+        served.append(name)
+        by_rule += not finished or finished.get(name) == min(finished.values())
+        for waiting in line.names:
+            assert not left[waiting] or waiting in served[-most:] or len(served) < most, f"{waiting} starves"
+    assert by_rule >= len(served) - -(-len(served) // FAIR_TURN)
+    for name, tokens in zip(line.names, (size for size, _ in made), strict=True):
+        cells = LAYOUT.layers * LAYOUT.heads * tokens
+        assert line.sender._transfers[name].left_cells == 0
+        assert sum(block.cells for block in line.sender._transfers[name].blocks) == cells
 
 
 def test_an_unknown_transfer_is_refused_at_once() -> None:
