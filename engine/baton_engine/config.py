@@ -22,7 +22,7 @@ class EngineConfig:
     kv_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], Field(description="dtype of the KV cache, auto = that of the weights")
     ] = "auto"
-    page_tokens: Annotated[int, Field(ge=16, le=128, description="tokens per KV page, equal on all workers")] = 64
+    page_tokens: Annotated[int, Field(ge=16, le=128, description="tokens per KV page, may differ between workers")] = 64
     context_tokens: Annotated[
         int, Field(ge=0, le=1 << 24, description="longest prompt + output, 0 = what the model was made for")
     ] = 0

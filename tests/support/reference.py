@@ -35,3 +35,9 @@ class Reference:
         """Every output is the argmax after what is before it: what `generate` would give, in one forward pass."""
         logits = self.logits([*prompt, *outputs[:-1]])
         return logits[len(prompt) - 1 :].argmax(-1).tolist() == list(outputs)
+
+    def regret(self, prompt: Sequence[int], outputs: Sequence[int]) -> float:
+        """How far below the best logit an output was, at most: 0 when all are greedy."""
+        logits = self.logits([*prompt, *outputs[:-1]])[len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor([list(outputs)]).T)
+        return float((logits.amax(-1, keepdim=True) - chosen).max())
