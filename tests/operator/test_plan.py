@@ -105,6 +105,7 @@ def test_a_colocated_worker_is_a_decode_worker_without_peers() -> None:
     wanted = planned(colocated={"replicas": 1})
     assert main(wanted, "colocated")["command"][0] == "baton-decode"
     assert "--peer-listen" not in flags(wanted, "colocated")
+    assert flags(wanted, "colocated")["--peer-advertise"] == "$(POD_IP)", "memory lent to a Mooncake store is there"
     assert flags(wanted, "colocated")["--role"] == "colocated"
     assert "peer" not in {port["name"] for port in main(wanted, "colocated")["ports"]}
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from support.kv_tiers import FRAME_BYTES, LAYOUT, POOL_PAGES, DictTier, Door, TierWorld, chain, frame_of, keys_of
 from support.kv_world import LIMIT_S, eventually
 
-from baton_common.clock import Clock, ManualClock, SystemClock
+from baton_common.clock import ManualClock, SystemClock
 from baton_common.errors import BatonError, ConfigError
 from baton_common.ids import PageHash, PageId, RequestId
 from baton_engine.request import Keep, Mode, Request, SamplingParams
@@ -272,7 +272,7 @@ def test_the_status_says_which_tier_is_off_and_why() -> None:
 COMPAT = Compat(model_digest="m", compute_dtype="bfloat16", kv_dtype="bfloat16", rope="r", tp_size=1)
 
 
-def opened(text: str, *, compat: Compat = COMPAT, clock: Clock | None = None) -> Storage | None:
+def opened(text: str, *, compat: Compat = COMPAT, host: str = "127.0.0.1") -> Storage | None:
     pool = torch.zeros(LAYOUT.shape(POOL_PAGES), dtype=torch.bfloat16)
     return open_storage(
         parse_tiers(text),
@@ -280,8 +280,8 @@ def opened(text: str, *, compat: Compat = COMPAT, clock: Clock | None = None) ->
         layout=LAYOUT,
         pool_pages=POOL_PAGES,
         blocks=HostBlocks(pool, LAYOUT),
-        host="127.0.0.1",
-        clock=clock or SystemClock(),
+        host=host,
+        clock=SystemClock(),
         registry=CollectorRegistry(),
     )
 
@@ -319,6 +319,11 @@ def test_what_cannot_work_here_is_refused_with_the_remedy(text: str, says: str, 
         opened(text.format(folder=tmp_path))
     assert refusal.value.param == "tiers"
     assert str(refusal.value).startswith("--tiers")
+
+
+def test_memory_that_is_lent_needs_an_address_that_others_can_dial() -> None:
+    with pytest.raises(ConfigError, match=r"at 0\.0\.0\.0; set --peer-advertise"):
+        opened("host=1MiB,mooncake=127.0.0.1:1:0", host="0.0.0.0")
 
 
 def test_a_missing_library_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,9 @@ _WAITING_PART = 4
 """So much of the pool may wait to be copied down; it cannot be used meanwhile."""
 
 
+_ANYWHERE = ("0.0.0.0", "::")
+
+
 class Storage:
     """The tiers under one pool. Close it when the engine and everything else that uses its pages has stopped."""
 
@@ -162,14 +165,19 @@ def open_storage(
 ) -> Storage | None:
     """What `--tiers` asks for; None = nothing. `blocks`: of the engine's pool. `host`: where other machines reach this.
 
-    Raises ConfigError when the host memory is too small or the folder cannot be used, WireError when a library is
-    missing.
+    Raises ConfigError when the host memory is too small, the folder cannot be used or `host` is no address, WireError
+    when a library is missing.
     """
     # besides tokens and format, KV depends on how it was computed
     made_by = (compat.model_digest, str(compat.weights_epoch), compat.compute_dtype, compat.rope)
     namespace = Namespace(model_digest="\x00".join(made_by), layout=layout, ranks=compat.tp_size)
     if config.folder:
         check_folder(config.folder)
+    if config.mooncake_master and host in _ANYWHERE:
+        raise ConfigError(
+            f"--tiers: nobody finds what mooncake lends at {host}; set --peer-advertise to this machine's address",
+            param="tiers",
+        )
     config = replace(config, queue_pages=max(config.queue_pages, pool_pages // _WAITING_PART))
     metrics = TierMetrics(registry)
     try:

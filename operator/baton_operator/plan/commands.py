@@ -47,10 +47,10 @@ def worker_command(plan: Blueprint, pool: Pool) -> list[str]:
         _PROGRAMS[pool.component], "--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}",
         "--model", model_path(plan.model), f"--model-name={_literal(plan.served_name)}", "--role", pool.component.value,
         "--worker-id", "$(POD_NAME)", "--listen", f"0.0.0.0:{GRPC_PORT}", "--metrics-port", str(METRICS_PORT),
-        "--drain-s", str(pool.drain_s), "--dump-dir", SCRATCH_FOLDER,
+        "--drain-s", str(pool.drain_s), "--dump-dir", SCRATCH_FOLDER, "--peer-advertise", "$(POD_IP)",
     ]  # fmt: skip
-    if pool.component is not Component.COLOCATED:
-        command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}", "--peer-advertise", "$(POD_IP)"]
+    if pool.component is not Component.COLOCATED:  # that one is reached for what it lends to a store only
+        command += ["--peer-listen", f"0.0.0.0:{PEER_PORT}"]
     if plan.tiers is not None:
         command.append(f"--tiers={tiers_text(plan.tiers, PAGES_FOLDER)}")
     return command
