@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,3 +192,35 @@ async def test_workers_in_both_directions_can_be_killed_and_come_back(
         process.terminate()
         assert process.wait(60) == 0, process.log()
         process.start().wait_ready()
+
+
+@pytest.mark.parametrize(("prefill", "decode", "wire"), [(16, 64, "shm"), (64, 16, "tcp")])
+async def test_pages_of_another_size_come_back(
+    checkpoint: Path, colocated: WorkerProcess, tmp_path: Path, prefill: int, decode: int, wire: str
+) -> None:
+    """Decode answers the first turn alone. What comes back ends on a border of both sides' pages."""
+    rng = random.Random(8)
+    settings = {"wire": wire, "slot_bytes": 8192, "slots_per_peer": 3}
+    with ExitStack() as processes:
+        workers = [
+            processes.enter_context(WorkerProcess(role, checkpoint, tmp_path, page_tokens=page, **settings))
+            for role, page in (("prefill", prefill), ("decode", decode))
+        ]
+        addresses = [worker.wait_ready().address for worker in workers]
+        async with RouterClient(addresses[0]) as first, RouterClient(addresses[1]) as second:
+            pair, came = Pair(first, second), 0
+            for _ in range(ATTEMPTS):
+                turn = [rng.randrange(VOCAB) for _ in range(300)]
+                turn += await (await second.submit(Mode.LOCAL, turn, sampling=GREEDY)).end()
+                turn += [rng.randrange(VOCAB) for _ in range(40)]
+                started, reserved = await pair.begin(turn, GREEDY)
+                assert await outputs(started, reserved) == await alone(colocated, turn)
+                has = (len(turn) - 40 - 1) // decode * decode
+                assert (await reserved.ticket).first_missing_token == has
+                came = started.tokens[0].cached_tokens or 0
+                if came:
+                    assert came == has // prefill * prefill
+                    break
+            assert came, workers[0].log()[-3000:]
+        for worker in workers:
+            await no_page_is_held(worker)
