@@ -69,6 +69,8 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model", "m", "--role", "prefill"], "baton-decode has no role 'prefill'"),
         (["--model", "m", "--drain-s", "-1"], "worker.drain_s (flag --drain-s)"),
         (["--model", "m", "--page-tokens", "7"], "engine.page_tokens (flag --page-tokens)"),
+        (["--model", "m", "--tiers", "disk=1GiB"], "--tiers 'disk=1GiB': no tier is called 'disk'"),
+        (["--model", "m", "--tiers", "host=1GiB,file=/var/kv"], "it has no size; write file=/var/kv:64GiB"),
     ],
 )
 def test_a_wrong_setting_is_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +113,21 @@ def test_a_port_in_use_is_said_with_its_number(flag: str, tmp_path: Path, capsys
         text = refusal(["--model", str(folder), "--dtype", "float32", "--pages", "64", flag, value], capsys)
     assert str(port) in text
     assert "in use" in text
+
+
+@pytest.mark.parametrize(
+    ("tiers", "says"),
+    [
+        ("host=1KiB", "host=1024 does not hold 4 pages of"),
+        ("host=64MiB,file={folder}/model.safetensors/kv:1GiB", "it cannot be used (Not a directory)"),
+    ],
+)
+def test_tiers_that_cannot_work_here_are_refused_with_the_remedy(
+    tiers: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    text = refusal(["--model", str(folder), "--pages", "64", "--tiers", tiers.format(folder=folder)], capsys)
+    assert says in text
 
 
 def test_explain_prints_each_setting_and_its_source(capsys: pytest.CaptureFixture[str]) -> None:

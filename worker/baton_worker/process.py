@@ -241,6 +241,7 @@ class _Process:
         engine = Engine(model, config, device, role, self._clock, on_crash)
         compat = _compat(model, engine)
         blocks = blocks_for(device, engine.pool)
+        storage = self._open_storage(engine, blocks, compat)
         endpoint, peer_address = None, ""
         if kind.peers:
             endpoint = KvEndpoint(
@@ -256,7 +257,6 @@ class _Process:
                 blocks=blocks,
             )
             peer_address = endpoint.start()
-        storage = self._open_storage(engine, blocks, compat)
         role.bind(engine=engine, endpoint=endpoint, compat=compat, storage=storage)
         hello = worker_pb2.WorkerHello(
             protocol_version=PROTOCOL_VERSION,
