@@ -12,6 +12,7 @@ from random import Random
 import pytest
 import torch
 from kvtransfer.test_peers import dial, frame, hello
+from support.kv_wires import ONESIDED, over
 from support.kv_world import CANARY, LAYOUT, Outcome, Run, Side, World, eventually, no_kv_threads, positions
 from support.kv_world import world as chaos_world
 
@@ -31,7 +32,7 @@ SIZE = LAYOUT.page_tokens
 HASH = PageHash(b"h" * 16)
 
 
-@pytest.fixture(params=["shm", "tcp", "inproc"])
+@pytest.fixture(params=over("inproc", "shm", "tcp", *ONESIDED))
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made = World(request.param)
     yield made
