@@ -116,6 +116,28 @@ async def test_pages_come_back_and_tokens_are_those_of_a_colocated_worker(
         await no_page_is_held(process)
 
 
+async def test_of_a_prompt_it_computed_itself_prefill_pulls_only_the_answer(
+    service: Service, colocated: WorkerProcess
+) -> None:
+    rng = random.Random(9)
+    long = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
+    async with turns(service) as both:
+        for _ in range(ATTEMPTS):
+            prompt = [rng.randrange(VOCAB) for _ in range(200)]
+            answer = [token.token_id for token in await both.first.ask(prompt, long)]
+            turn = [*prompt, *answer, *(rng.randrange(VOCAB) for _ in range(40))]
+            started, reserved = await both.first.begin(turn, GREEDY)
+            assert await outputs(started, reserved) == await alone(colocated, turn)
+            if started.tokens[0].cached_tokens == decoded_pages(turn):
+                break
+        else:
+            raise AssertionError(f"no answer came back:\n{service.prefill[0].log()[-3000:]}")
+    came = [record for record in service.prefill[0].records() if record["message"] == "KV pulled back"]
+    assert came[-1]["tokens"] == decoded_pages(turn) - len(prompt) // PAGE_TOKENS * PAGE_TOKENS
+    for process in service.workers:
+        await no_page_is_held(process)
+
+
 async def test_a_pull_for_other_tokens_is_refused_and_the_prompt_is_computed(
     service: Service, colocated: WorkerProcess
 ) -> None:
