@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import numpy as np
 
 from baton_common.clock import Clock
 from baton_common.errors import BatonError, ErrorKind
-from baton_common.ids import TransferId
+from baton_common.ids import PageId, TransferId
 from baton_kvtransfer.acceptor import Acceptor
 from baton_kvtransfer.admission import Admission
 from baton_kvtransfer.blocks import Blocks, HostBlocks
@@ -124,8 +127,7 @@ class KvEndpoint:
 
     def expect(self, inbound: Inbound) -> None:
         """Call before the ticket leaves. Raises ValueError when the id is known or the range does not fit the pool."""
-        self._check(inbound)
-        self._expected.add(inbound)
+        self._expected.add(replace(inbound, pages=self._checked(inbound)))
         if self._acceptor is not None:
             self._acceptor.wake()
 
@@ -141,10 +143,10 @@ class KvEndpoint:
 
         Raises ValueError when the range does not fit the pool, Aborted when this endpoint is closed.
         """
-        self._check(outbound)
+        order = replace(outbound, pages=self._checked(outbound))
 
         def use(link: OutLink) -> Transfer | None:
-            transfer = Transfer(outbound, link.tell, self._local.clock, self._local.layout)
+            transfer = Transfer(order, link.tell, self._local.clock, self._local.layout)
             return transfer if link.open(transfer) else None
 
         return self._over_link(outbound.peer_address, outbound.peer_incarnation, use)
@@ -194,16 +196,19 @@ class KvEndpoint:
             link.start()
             return used
 
-    def _check(self, order: Inbound | Outbound) -> None:
+    def _checked(self, order: Inbound | Outbound) -> Sequence[PageId]:
+        """Its page table as an array: pieces of it are taken for every chunk, and no copy walks over its entries."""
         pages, first_token, end_token = order.pages, order.first_token, order.end_token
         size, heads = self._local.layout.page_tokens, self._local.layout.heads
         if order.heads is not None and not 0 <= order.heads[0] < order.heads[1] <= heads:
             raise ValueError(f"heads [{order.heads[0]}, {order.heads[1]}) of a pool of {heads}")
         if not 0 <= first_token <= end_token <= len(pages) * size:
             raise ValueError(f"positions [{first_token}, {end_token}) do not fit {len(pages)} pages of {size}")
-        touched = pages[first_token // size : -(-end_token // size)]
-        if touched and not (min(touched) >= 0 and max(touched) < self._pages):
+        table = np.asarray(pages, dtype=np.intp)
+        touched = table[first_token // size : -(-end_token // size)]
+        if len(touched) and not 0 <= touched.min() <= touched.max() < self._pages:
             raise ValueError(f"a page id is outside the pool of {self._pages} pages")
+        return cast("Sequence[PageId]", table)
 
     def _accepted(self, channel: Channel) -> None:
         with self._lock:

@@ -169,8 +169,8 @@ class Pending:
         tokens_fit = self._slot_bytes // row_bytes
         if tokens_fit >= whole.tokens:
             layers = min(whole.layers, tokens_fit // whole.tokens)
-            block = replace(whole, layer_end=whole.layer_begin + layers)
-            may_grow = len(self._ranges) == 1 and block == whole and not self.complete
+            block = whole if layers == whole.layers else replace(whole, layer_end=whole.layer_begin + layers)
+            may_grow = len(self._ranges) == 1 and block is whole and not self.complete
             if may_grow and 2 * block.bytes(self._layout) <= self._slot_bytes:
                 return None
         else:
