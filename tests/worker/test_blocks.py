@@ -63,7 +63,6 @@ def payload_of(layout: PageLayout = LAYOUT) -> memoryview:
         ("float32", 4),
         ("int8", 4),
         pytest.param("int8", 6, marks=either),
-        ("float8_e4m3fn", 8),
     ],
 )
 def test_it_copies_what_a_host_copies(order: AxisOrder, dtype: str, dim: int) -> None:
@@ -78,6 +77,14 @@ def test_it_copies_what_a_host_copies(order: AxisOrder, dtype: str, dim: int) ->
     assert HostBlocks(theirs, layout).scatter(BLOCK, PAGES, host, seal, digest=digest, shared=False)
     assert device_blocks(ours).scatter(BLOCK, PAGES, host, seal, digest=digest, shared=False)
     assert torch.equal(targets[0].view(torch.uint8), targets[1].view(torch.uint8))
+
+
+def test_nothing_is_converted_on_a_gpu() -> None:
+    blocks = device_blocks(pool_of(LAYOUT))
+    assert blocks.payloads == ("bfloat16",)
+    assert blocks.for_payloads("bfloat16") is blocks
+    with pytest.raises(ValueError, match="set kv_dtype to bfloat16"):
+        device_blocks(torch.zeros(LAYOUT.shape(2), dtype=torch.uint8).view(torch.float8_e4m3fn))
 
 
 @pytest.mark.parametrize(

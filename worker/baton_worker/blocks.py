@@ -31,6 +31,7 @@ from baton_kernels.library import Library
 from baton_kernels.pages import PagesShape, Part
 from baton_kvtransfer.blocks import MULTILINEAR, XXH3, Blocks, Seal
 from baton_kvtransfer.errors import DeadlineExceeded
+from baton_kvtransfer.layout import SCALED
 from baton_kvtransfer.plan import Block
 
 log = logging.getLogger("baton.worker")
@@ -59,7 +60,12 @@ class DeviceBlocks:
     digests = (MULTILINEAR, XXH3)
 
     def __init__(self, pool: Tensor, library: Library, streams: Sequence[CudaApi], patience: Patience) -> None:
-        """`streams`: all of the pool's device, one for each lane."""
+        """`streams`: all of the pool's device, one for each lane. ValueError for a dtype with scales beside it: they
+        would have to travel too, and no kernel takes them."""
+        dtype = str(pool.dtype).removeprefix("torch.")
+        if dtype in SCALED:
+            raise ValueError(f"a pool of {dtype} on {pool.device} cannot be handed over; set kv_dtype to bfloat16")
+        self.payloads = (dtype,)
         self._pool = kernels.as_words(pool)
         page, layer, kv, head, token, _ = self._pool.stride()
         self._shape = PagesShape(
@@ -74,6 +80,11 @@ class DeviceBlocks:
         self._lanes: LifoQueue[_Lane] = LifoQueue()
         for stream in streams:
             self._lanes.put(_Lane(stream, patience))
+
+    def for_payloads(self, dtype: str) -> DeviceBlocks:
+        """Nothing is converted here: `payloads` names the pool's own dtype only."""
+        assert dtype in self.payloads, "agreed in the handshake"
+        return self
 
     def gather(self, block: Block, pages: Sequence[PageId], out: memoryview, seal: Seal) -> int:
         """See `Blocks`."""
