@@ -211,7 +211,7 @@ async def test_a_kept_turn_is_restored_after_its_pages_were_needed_for_others(
     checkpoint: Path, reference: Reference, tmp_path: Path
 ) -> None:
     keep = worker_pb2.KvKeep(session="chat", ttl_ms=600_000, tenant="t")
-    turn, other = text(20, seed=1), text(20, seed=2)
+    turn, other = [*text(20, seed=1), 1, 2, 3, 4, 5], text(20, seed=2)  # the answer completes page 21
     tiers = f"host={64 * FRAME_BYTES},sessions={40 * FRAME_BYTES}"
     with Worker(checkpoint, tmp_path, name="worker", tiers=tiers, pages=64) as worker:
         worker.wait_ready()
@@ -223,7 +223,7 @@ async def test_a_kept_turn_is_restored_after_its_pages_were_needed_for_others(
         following = [*turn, *first.token_ids, 5, 6, 7]
         answer = await ask(worker, following)
         assert answer.token_ids == reference.generate(following, OUTPUTS)
-        assert cached(answer) == 20 * PAGE_TOKENS
+        assert cached(answer) == 21 * PAGE_TOKENS
 
         async with RouterClient(worker.address) as router:
             await router.end_session("chat", "t")
