@@ -77,4 +77,4 @@ def serve_inside(pipe: Connection, name: str, incarnation: str, wire: str, names
         if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "setns")
     os.environ["UCX_TLS"] = "tcp"
-    serve(pipe, name, incarnation, wire, f"{address}:0")
+    serve(pipe, name, incarnation, wire, {"listen": f"{address}:0"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,8 +18,8 @@ from baton_kvtransfer import FirstToken, Inbound, Outbound, Receipt, Transfer, T
 class Peer:
     """Answers each order with a line, and says how each transfer it sends ended."""
 
-    def __init__(self, pipe: Connection, name: str, incarnation: str, wire: str, listen: str = "127.0.0.1:0") -> None:
-        config = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=2, listen=listen)
+    def __init__(self, pipe: Connection, name: str, incarnation: str, wire: str, **settings: Any) -> None:
+        config = TransferConfig(wire=setting(wire), slot_bytes=4096, slots_per_peer=2, **settings)
         self._pipe = pipe
         self._transfers: dict[str, Transfer] = {}
         self._side = Side(name, config=config, incarnation=incarnation)
@@ -85,6 +86,7 @@ class Peer:
             transfer.finish(FirstToken(token_id=tokens, position=0))
 
 
-def serve(pipe: Connection, name: str, incarnation: str, wire: str, listen: str = "127.0.0.1:0") -> None:
+def serve(pipe: Connection, name: str, incarnation: str, wire: str, settings: Mapping[str, Any] | None = None) -> None:
+    """`settings`: more of the TransferConfig."""
     torch.set_num_threads(1)
-    Peer(pipe, name, incarnation, wire, listen).run()
+    Peer(pipe, name, incarnation, wire, **(settings or {})).run()

@@ -39,9 +39,13 @@ class Process:
         heard: dict[str, object] = json.loads(self._pipe.recv_bytes())
         return heard
 
-    def signal(self, number: int) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def exit_code(self) -> int | None:
         """Waits for its end; negative = ended by that signal."""
