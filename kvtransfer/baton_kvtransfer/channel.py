@@ -66,10 +66,10 @@ def _check(message: bytes | memoryview, payload_bytes: int) -> int:
 
 
 def _frame(message: PeerMessage, payload_bytes: int) -> bytes:
-    body = message.SerializeToString()
+    body: bytes = message.SerializeToString()
     if len(body) > MAX_MESSAGE_BYTES:
         raise WireError(f"message of {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    prefix: bytes = _PREFIX.pack(len(body), payload_bytes, _check(body, payload_bytes))
+    prefix = _PREFIX.pack(len(body), payload_bytes, _check(body, payload_bytes))
     return prefix + body
 
 

@@ -24,9 +24,14 @@ class TransferConfig:
     ] = "auto"
     slot_bytes: Annotated[
         int,
-        Field(ge=4096, le=64 << 20, multiple_of=4096, description="size of one landing slot, bytes; 1-4 MiB are equal"),
-    ] = 1 << 20
-    slots_per_peer: Annotated[int, Field(ge=1, le=1024, description="landing slots, so chunks in flight, per peer")] = 8
+        Field(
+            ge=4096,
+            le=64 << 20,
+            multiple_of=4096,
+            description="size of one landing slot, bytes; with less than 2 MiB, chunks cost more than their bytes",
+        ),
+    ] = 4 << 20
+    slots_per_peer: Annotated[int, Field(ge=1, le=1024, description="landing slots, so chunks in flight, per peer")] = 4
     max_peers: Annotated[
         int, Field(ge=1, le=4096, description="senders served at once; bounds slot memory, further ones are refused")
     ] = 64

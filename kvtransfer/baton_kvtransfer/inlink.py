@@ -226,10 +226,12 @@ class InLink(Link):
     def _flush(self, channel: Channel) -> None:
         receiver, clock = self._up()
         receiver.flush(clock())
-        self._deliver()
-        while receiver.messages:
-            channel.queue(receiver.messages.popleft())
-        channel.flush()
+        if receiver.events:
+            self._deliver()
+        if receiver.messages:
+            while receiver.messages:
+                channel.queue(receiver.messages.popleft())
+            channel.flush()
 
     def _deliver(self) -> None:
         receiver, _ = self._up()

@@ -35,6 +35,7 @@ from baton_kvtransfer.protocol import (
     block_of,
     first_from_wire,
 )
+from baton_kvtransfer.records import Inbound
 from baton_kvtransfer.slots import SlotTable
 from baton_proto.peer_pb2 import (
     Alive,
@@ -218,10 +219,8 @@ class Receiver:
             transfer.first_chunk_s = now_s
             self.events.append(Receiving(transfer_id=transfer_id))
         inbound, gate = transfer.inbound, self._gates[transfer_id]
-        first_head = inbound.heads[0] if inbound.heads else 0
-        return Landing(
-            transfer_id=transfer_id, chunk=chunk, block=block.moved(first_head), pages=inbound.pages, gate=gate
-        )
+        block = block.moved(_first_head(inbound))
+        return Landing(transfer_id=transfer_id, chunk=chunk, block=block, pages=inbound.pages, gate=gate)
 
     def landed(self, landing: Landing, verdict: Verdict, now_s: float) -> None:
         """The slot's bytes were used or given up."""
@@ -231,7 +230,7 @@ class Receiver:
             return
         if verdict is Verdict.GOOD:
             transfer.verified.add(landing.chunk.sequence)
-            transfer.coverage.add(block_of(landing.chunk))
+            transfer.coverage.add(landing.block.moved(-_first_head(transfer.inbound)))
             transfer.bytes += landing.chunk.bytes
             transfer.last_chunk_s = now_s
 
@@ -364,3 +363,8 @@ class Receiver:
 
     def _say(self, message: PeerMessage) -> None:
         self.messages.append(message)
+
+
+def _first_head(inbound: Inbound) -> int:
+    """Of the transfer, in our pool."""
+    return inbound.heads[0] if inbound.heads else 0

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import os
-
-_ONE = (1).to_bytes(8, "little")
+import threading
 
 
 class Waker:
-    """`wake` costs one small write, and none when a wake is pending already."""
+    """`wake` costs one small write, and none when a wake is pending already; after `close` it does nothing.
+
+    All but `wake` belong to the thread that is woken.
+    """
 
     def __init__(self) -> None:
-        # a file object, not the number: that one may be somebody else's as soon as it is closed
-        self._event = os.fdopen(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+b", buffering=0)
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pending = False
+        self._lock = threading.Lock()  # a number that was closed may be somebody else's descriptor at once
+        self._closed = False
 
     def fileno(self) -> int:
-        return self._event.fileno()
+        return self._fd
 
     def wake(self) -> None:
-        if not self._pending:
-            self._pending = True
-            with contextlib.suppress(ValueError):  # closed: nobody is left to wake
-                self._event.write(_ONE)
+        if self._pending:
+            return
+        with self._lock:
+            if not self._closed:
+                self._pending = True
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Call when the descriptor is readable, before looking for work: what is posted meanwhile wakes again."""
-        self._event.read(8)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
         self._pending = False
 
     def close(self) -> None:
-        self._event.close()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._fd)
