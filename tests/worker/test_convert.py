@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from baton_common.errors import BatonError, ErrorKind, Incompatible, InvalidRequest
 from baton_common.hashing import token_bytes
 from baton_common.ids import PageHash, RequestId
-from baton_engine.request import FinishReason, Mode, SamplingParams
+from baton_engine.request import FinishReason, Keep, Mode, SamplingParams
 from baton_engine.role import TokenLogprobs, TokenOut
 from baton_proto import common_pb2, worker_pb2
 from baton_proto.compat import CONVERTED, pairing_key
@@ -48,6 +48,21 @@ def test_a_submit_becomes_a_request_with_its_deadline_on_our_clock() -> None:
 def test_a_moved_request_keeps_its_outputs() -> None:
     request = request_of(submit(tokens=token_bytes([1, 2, 3, 4, 5]), prompt_tokens=3))
     assert request.output_tokens == 2
+
+
+def test_what_is_kept_is_kept_for_a_tenant() -> None:
+    message = submit()
+    assert request_of(message).keep is None
+    message.keep.CopyFrom(worker_pb2.KvKeep(session="chat", ttl_ms=1500, tenant="t"))
+    assert request_of(message).keep == Keep(session="chat", ttl_s=1.5, tenant="t")
+
+
+def test_a_session_without_a_name_is_refused() -> None:
+    message = submit()
+    message.keep.ttl_ms = 1
+    with pytest.raises(InvalidRequest) as refusal:
+        request_of(message)
+    assert refusal.value.param == "keep"
 
 
 @pytest.mark.parametrize(
