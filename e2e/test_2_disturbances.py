@@ -15,6 +15,8 @@ from story.load import LONG, Load, ask, client
 from story.watch import PodHistory, Truth
 from story.world import ONE_THREAD, SERVICE, TEAM, World
 
+MOST_DELETIONS = 5  # until a request is caught in the middle of its answer
+
 
 @pytest.fixture(scope="module", autouse=True)
 def truth(world: World, edited: None, url: str) -> Iterator[Truth]:
@@ -75,19 +77,22 @@ def test_deleting_a_pod_costs_nobody_an_answer(world: World, load: Load, role: s
 
 
 def test_streams_move_when_their_decode_pod_is_deleted(world: World, load: Load) -> None:
-    """With another one there nobody waits for its successor, and nothing is computed twice."""
+    """With another one there nobody waits for its successor. How many move depends on what runs just then."""
 
     def moved() -> float:
         return world.total("router", "baton_router_migrations_total", outcome="moved")
 
     scale(world, "decode", 2)
     before = moved()
-    with load.undisturbed_by("decode pod deleted, another one there"):
-        name = delete(world, "decode")
-        world.wait("a request has moved", lambda: moved() > before)
-        world.wait(f"{name} is gone", lambda: not world.exists("pod", name))
-        world.wait_ready(decode=2)
+    with load.undisturbed_by("decode pods deleted, another one there"):
+        for _ in range(MOST_DELETIONS):
+            name = delete(world, "decode")
+            world.wait(f"{name} is gone", lambda name=name: not world.exists("pod", name))
+            world.wait_ready(decode=2)
+            if moved() > before:
+                break
     print(f"{moved() - before:.0f} requests moved")
+    assert moved() > before
     scale(world, "decode", 1)
 
 

@@ -12,6 +12,7 @@ from support.chart import alert_queries, alert_rules, dashboard_queries, uses
 CONDITIONAL = {
     "baton_kvtransfer_failed_total": "no transfer has failed",
     "baton_kvtransfer_aborts_total": "no transfer was given up",
+    "baton_router_retries_total": "no attempt had to be repeated",
 }
 
 
