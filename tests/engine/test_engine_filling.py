@@ -94,7 +94,7 @@ class Copier(RecordingRole):
 @pytest.fixture
 def pair(model, other_model):
     """(who computes, who is filled from it)."""
-    with engine_world(model, Keeper()) as source:
+    with engine_world(model, Keeper(), pages=400) as source:  # nothing is evicted: places stay true
         role = Copier(source)
         with engine_world(other_model, role) as target:
             role.target = target
