@@ -28,6 +28,18 @@ SMALL_SLOTS = {"slot_bytes": 8192, "slots_per_peer": 3}  # so that a prompt take
 SEQUENCE = [(7 * index + 11) % VOCAB for index in range(148)]
 BF16_LOGITS = 0.1
 """How far below the best a token may be, where its KV was rounded to 8 bits of mantissa; a wrong page costs above 1."""
+HEADS_INSIDE = """
+import sys
+from dataclasses import replace
+from baton_engine.models.spec import ModelSpec
+from baton_kvtransfer import AxisOrder
+layout = ModelSpec.layout
+order = AxisOrder.LAYER_PAGE_KV_TOKEN_HEAD_DIM
+ModelSpec.layout = lambda *arguments: replace(layout(*arguments), order=order)
+from baton_prefill.main import main
+sys.exit(main())
+"""
+"""A prefill worker whose pool has another order of axes; there is no setting for it."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=OUTPUTS, ignore_eos=True)
 
 
@@ -80,10 +92,10 @@ async def test_unequal_pages_change_no_token(
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [
-        ({"kv_dtype": "float32", "page_tokens": 64}, {"kv_dtype": "bfloat16", "page_tokens": 16}),
+        ({"kv_dtype": "float32", "page_tokens": 64, "code": HEADS_INSIDE}, {"kv_dtype": "bfloat16", "page_tokens": 16}),
         ({"kv_dtype": "bfloat16"}, {"kv_dtype": "float32"}),
     ],
-    ids=["narrower", "wider"],
+    ids=["narrower-page-order", "wider"],
 )
 async def test_unequal_dtypes_cost_no_more_than_the_narrower_one(
     checkpoint: Path, reference: Reference, tmp_path: Path, prefill: dict[str, Any], decode: dict[str, Any]
@@ -92,6 +104,8 @@ async def test_unequal_dtypes_cost_no_more_than_the_narrower_one(
         questions = [(prompt, GREEDY) for prompt in prompts(40, seed=11)]
         async with connected(service) as pair:
             answers = ids(await side_by_side(questions, pair.ask))
+            orders = {client.hello.compat.layout for client in (pair.prefill, pair.decode)}
+        assert len(orders) == (2 if "code" in prefill else 1)
         sent = (await status(service.prefill[0])).peers[0].bytes
     behind = [reference.regret(prompt, answer) for (prompt, _), answer in zip(questions, answers, strict=True)]
     assert max(behind) < BF16_LOGITS
