@@ -15,6 +15,7 @@ PARTS = {  # name -> module, function
     "wires": ("throughput", "wires"),
     "llama": ("throughput", "llama"),
     "small": ("small", "measure"),
+    "exposed": ("exposed", "measure"),
     "planning": ("planning", "measure"),
     "peers": ("throughput", "peers"),
     "failures": ("failures", "measure"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bench.kvtransfer.node import Node
 from bench.kvtransfer.remote import Remote
@@ -56,12 +56,19 @@ class OurWire(Contender):
     """`KvEndpoint` on both sides, over one wire."""
 
     def __init__(
-        self, wire: str, shape: Shape, *, digest: bool, environment: Mapping[str, str] | None = None, label: str = ""
+        self,
+        wire: str,
+        shape: Shape,
+        *,
+        digest: bool,
+        environment: Mapping[str, str] | None = None,
+        label: str = "",
+        node: Callable[..., Node] = Node,
     ) -> None:
         super().__init__(f"{label or wire}, {'xxh3' if digest else 'no digest'}", shape)
-        self._far = Remote(Node, "d", wire, shape, digest, 0, environment=environment)
+        self._far = Remote(node, "d", wire, shape, digest, 0, environment=environment)
         try:
-            self._near = Remote(Node, "p", wire, shape, digest, 5, environment=environment)
+            self._near = Remote(node, "p", wire, shape, digest, 5, environment=environment)
         except BaseException:
             self._far.close()
             raise
@@ -79,6 +86,11 @@ class OurWire(Contender):
         self._near.call("open", name, pages, self._address, "d-1")
         time.sleep(GRANT_S)
         return name
+
+    def exposed_s(self, pause_s: float) -> float:
+        """What a transfer adds after the last of its layers, each of which took `pause_s` to compute."""
+        name = self.reserve(self.shape.pages)
+        return float(self._near.call("send_by_layers", name, self.shape.pages, pause_s))
 
     def send(self, pages: int) -> tuple[float, float, float]:
         """Seconds when it began, when the receiver had it, when the sender had the receipt."""

@@ -24,7 +24,7 @@ from baton_kvtransfer import (
     TransferConfig,
     TransferMetrics,
 )
-from baton_kvtransfer.blocks import HostBlocks
+from baton_kvtransfer.blocks import Blocks, HostBlocks
 from baton_kvtransfer.config import WireChoice
 from baton_kvtransfer.records import PullOrder
 from baton_proto.common_pb2 import Compat
@@ -60,17 +60,21 @@ class Node:
 
     def __init__(self, name: str, wire: str, shape: Shape, digest: bool, seed: int) -> None:
         self._shape = shape
-        self._pool = shape.pool(seed=seed)
+        self._pool, own_blocks = self._memory(shape, seed)
         self._table = shape.table(seed=seed + 1)
         self._heard: dict[str, Heard] = {}
         self._transfers: dict[str, Transfer] = {}
-        blocks = HostBlocks if digest else UndigestedBlocks
+        blocks = own_blocks or (HostBlocks if digest else UndigestedBlocks)(self._pool, shape.layout)
         self._endpoint = KvEndpoint(
             worker_id=name, incarnation=f"{name}-1", compat=Compat(), pool=self._pool, layout=shape.layout,
             config=TransferConfig(wire=cast(WireChoice, wire)), clock=SystemClock(), events=self,
-            metrics=TransferMetrics(CollectorRegistry()), blocks=blocks(self._pool, shape.layout),
+            metrics=TransferMetrics(CollectorRegistry()), blocks=blocks,
         )  # fmt: skip
         self._address = self._endpoint.start()
+
+    def _memory(self, shape: Shape, seed: int) -> tuple[torch.Tensor, Blocks | None]:
+        """The pool; and its blocks, where it is not in host memory."""
+        return shape.pool(seed=seed), None
 
     def address(self) -> str:
         return self._address
@@ -128,6 +132,19 @@ class Node:
             raise RuntimeError(f"handoff failed: {self._heard[name].outcome!r}")
         return begin_s, end_s
 
+    def send_by_layers(self, name: str, pages: int, pause_s: float) -> float:
+        """As a prefill does it: one layer after the other. Seconds from the end of the last to the receipt."""
+        layout = self._shape.layout
+        for layer in range(layout.layers):
+            time.sleep(pause_s)
+            self._transfers[name].ready(layer, layer + 1, 0, pages * layout.page_tokens)
+        finished_s = time.monotonic()
+        self.finish(name)
+        kind, end_s = self._heard[name].wait()
+        if kind != "Receipt":
+            raise RuntimeError(f"handoff failed: {self._heard[name].outcome!r}")
+        return end_s - finished_s
+
     def wait(self, name: str) -> tuple[str, float]:
         return self._heard[name].wait()
 
@@ -136,7 +153,7 @@ class Node:
 
     def content(self) -> int:
         """A digest of all pages in the order of the table: equal on both sides when all arrived right."""
-        words = self._pool.view(torch.int16)
+        words = self._pool.cpu().view(torch.int16)
         state = xxhash.xxh3_64()
         for page in self._table:
             state.update(np.ascontiguousarray(words[page].numpy()).data)
