@@ -1,4 +1,4 @@
-"""`make gpu`: the tests marked gpu, then the kernel and engine benchmarks, one JSON document in bench/results.
+"""`make gpu`: the tests marked gpu, then the benchmarks of kernels, engine and handoff, one document in bench/results.
 
 Each part is a process of its own, so that one that breaks the device does not take the others with it, and has ten
 minutes. `--dry-run` goes the same way without a GPU and writes nothing.
@@ -36,6 +36,7 @@ PARTS = (
     Part(name="tests", command=("pytest", "-m", "gpu", "-q", "-rs"), writes=False),
     Part(name="kernels", command=("bench.gpu.kernels",), writes=True),
     Part(name="engine", command=("bench.gpu.engine",), writes=True),
+    Part(name="handoff", command=("bench.gpu.handoff",), writes=True),
 )
 
 

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from support.kv_pure import LAYOUT, TIMERS
 from support.kv_wires import ONESIDED, over
-from support.kv_world import World, eventually, no_kv_threads
+from support.kv_world import LIMIT_S, World, eventually, no_kv_threads
 
 from baton_common.errors import BatonError
 from baton_common.ids import PageId, RequestId, TransferId
@@ -27,6 +27,7 @@ from baton_kvtransfer.wires.oneside.memory import SlotMemory
 from baton_kvtransfer.wires.oneside.mooncake import MooncakeEngine
 from baton_kvtransfer.wires.oneside.nixl import NixlEngine, NixlWrite
 from baton_kvtransfer.wires.oneside.pump import Pump
+from baton_kvtransfer.wires.oneside.wire import OnesideLanding
 from baton_proto.peer_pb2 import Granted, PeerMessage
 
 ENGINES = {"nixl": NixlEngine, "mooncake": lambda: MooncakeEngine("127.0.0.1", "tcp")}
@@ -106,6 +107,37 @@ def test_a_write_that_was_released_goes_on_and_ends_where_nobody_reads(wire: str
     assert bytes(fresh.view) == b"y" * 4096
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("wire", over("nixl", "mooncake"))
+def test_slots_deregistered_in_the_middle_end_as_right_bytes_or_a_typed_error(wire: str) -> None:
+    """NIXL goes on writing, Mooncake refuses; neither may leave a wrong page, or an owner without an answer."""
+    world = World(wire)
+    run = world.start(0, 200)
+    run.handle.ready(0, 2, 0, 200)
+    eventually(lambda: run.received.receiving == 1, "chunks arrive")
+    (link,) = world.receiver.endpoint._links
+    assert isinstance(link, InLink)
+    assert isinstance(link._memory, OnesideLanding)
+    region = link._memory._memory.region
+    link._memory._pump.ask(lambda engine: engine.forget(region), LIMIT_S)
+    run.handle.ready(2, 4, 0, 200)
+    run.finish()
+    outcome = run.received.wait()
+    if isinstance(outcome, Receipt):
+        world.check_arrived(run)
+    else:
+        assert isinstance(outcome, KVTransferError)
+    assert isinstance(run.sent.wait(), Receipt | KVTransferError)
+    world.reuse(run)
+    world.check_canaries()
+    again = world.side("p2", world.config)
+    following = world.start(0, 60, sender=again)
+    following.announce()
+    following.finish()
+    assert isinstance(following.received.wait(), Receipt), "another link has slots of its own"
+    again.endpoint.close()
+    world.close()
 
 
 def test_memory_that_was_announced_is_never_mapped_again() -> None:
@@ -331,7 +363,7 @@ def test_a_write_that_never_ends_holds_its_memory_and_nothing_else() -> None:
 # ---- the protocol above ---------------------------------------------------------------------------------------------
 def test_sent_waits_for_chunks_under_way_and_their_slots_are_not_called_missed() -> None:
     sender = Sender(layout=LAYOUT, slot_bytes=40, timers=TIMERS)
-    sender.connected(peer="d", wire="w", slots=SlotTable(8).snapshot(), slot_bytes=40, now_s=0.0)
+    sender.connected(peer="d", wire="w", slots=SlotTable(8).snapshot(), slot_bytes=40, payload=LAYOUT.dtype, now_s=0.0)
     order = Outbound(
         transfer_id=TransferId("t"), request_id=RequestId("r"), peer_address="", peer_incarnation="",
         pages=[PageId(0)], first_token=0, end_token=4, deadline_s=60.0, done=lambda _: None,
