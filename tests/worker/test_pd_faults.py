@@ -217,8 +217,7 @@ async def test_workers_that_do_not_fit_are_refused_by_the_field(
 ) -> None:
     other = tiny_checkpoint("qwen3", tmp_path / "other", seed=4, max_position_embeddings=CONTEXT)
     misfits = {
-        "kv_dtype": WorkerProcess("decode", checkpoint, tmp_path, name="dtype", kv_dtype="bfloat16"),
-        "page_tokens": WorkerProcess("decode", checkpoint, tmp_path, name="pages", page_tokens=32),
+        "compute_dtype": WorkerProcess("decode", checkpoint, tmp_path, name="dtype", dtype="bfloat16"),
         "model_digest": WorkerProcess("decode", other, tmp_path, name="model"),
     }
     try:
