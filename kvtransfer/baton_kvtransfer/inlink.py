@@ -37,8 +37,9 @@ from baton_proto.peer_pb2 import PeerHello, PeerMessage, PeerRefused, PeerWelcom
 
 log = logging.getLogger(__name__)
 
-_CREDIT_SHARE = 4
-"""Slots are credited when that part of them is free again: often enough to copy on both sides at once."""
+_CREDIT_SHARE = 2
+"""Slots are credited when that part of them is free again, or when there is nothing to read: often enough that both
+sides copy at once, and not between the last chunk and the end of its transfer."""
 
 
 class InLink(Link):

@@ -88,13 +88,13 @@ def test_waking_what_is_closed_meanwhile_touches_nobody_else() -> None:
 
 
 def test_slots_are_credited_while_the_next_chunk_is_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The receiver stands still in its second chunk; the sender goes on with the slot of the first."""
+    """The receiver stands still in its third chunk; the sender goes on with the slots of the first two."""
     blocks = world.receiver.endpoint._local.blocks
     scatter, calls, go_on = blocks.scatter, [0], threading.Event()
 
     def slow(*arguments: object, **how: object) -> bool:
         calls[0] += 1
-        if calls[0] == 2:
+        if calls[0] == 3:
             assert go_on.wait(30)
         return scatter(*arguments, **how)  # type: ignore[arg-type]
 
@@ -103,7 +103,7 @@ def test_slots_are_credited_while_the_next_chunk_is_copied(world: World, monkeyp
     eventually(
         lambda: world.sender.metric("chunks_total", direction="out", wire=world.wire) >= 5, "a fifth of four slots"
     )
-    assert calls[0] == 2
+    assert calls[0] == 3
     go_on.set()
     assert isinstance(run.received.wait(), Receipt)
     world.check_arrived(run)
