@@ -110,9 +110,12 @@ def test_a_new_prefill_pod_takes_back_what_decode_has(world: World, url: str) ->
 
 
 def test_tiers_keep_what_was_computed(world: World) -> None:
+    def kept(role: str, tier: str) -> bool:
+        return world.total(role, "baton_tier_bytes_total", tier=tier, direction="in") > 0
+
     for role in ("prefill", "decode"):
         for tier in ("host", "file"):
-            assert world.total(role, "baton_tier_bytes_total", tier=tier, direction="in") > 0
+            world.wait(f"pages of {role} in tier {tier}", lambda role=role, tier=tier: kept(role, tier))
         assert world.total(role, "baton_tier_off") == 0
 
 
