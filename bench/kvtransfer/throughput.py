@@ -61,7 +61,22 @@ def _cpu_row(report: Report, series: Series) -> None:
     )  # fmt: skip
 
 
-def peers(report: Report, seconds: float, shapes: Sequence[Shape] = (KIB_4, KIB_64, MIB_1)) -> None:
+def peers_4k(report: Report, seconds: float) -> None:
+    peers(report, seconds, (KIB_4,))
+
+
+def peers_64k(report: Report, seconds: float) -> None:
+    peers(report, seconds, (KIB_64,))
+
+
+def peers_1m(report: Report, seconds: float) -> None:
+    peers(report, seconds, (MIB_1,))
+    makers: list[Callable[[], Contender]] = [partial(vm_writev, RING), partial(nixl.Slots, RING)]
+    found = compete(makers, rounds=rounds_of(seconds), slice_s=SLICE_S)
+    add_row(report, "nixl engine, push of slots", found, "our NIXL engine", "process_vm_writev", 0.95)
+
+
+def peers(report: Report, seconds: float, shapes: Sequence[Shape]) -> None:
     """Libraries used directly, one descriptor per page, beside our wires over the same transports."""
     for shape in shapes:
         makers: list[Callable[[], Contender]] = [
@@ -80,8 +95,6 @@ def peers(report: Report, seconds: float, shapes: Sequence[Shape] = (KIB_4, KIB_
         ]
         found = compete(makers, rounds=rounds_of(seconds * 0.6), slice_s=SLICE_S)
         _peer_rows(report, shape, found)
-    found = compete([partial(vm_writev, RING), partial(nixl.Slots, RING)], rounds=rounds_of(seconds), slice_s=SLICE_S)
-    add_row(report, "nixl engine, push of slots", found, "our NIXL engine", "process_vm_writev", 0.95)
 
 
 def _peer_rows(report: Report, shape: Shape, found: dict[str, Series]) -> None:
