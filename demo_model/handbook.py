@@ -14,7 +14,8 @@ TARGET = HERE.parent / "docs" / "handbook.md"
 PREFACE = """# Handbook: Baton in short answers
 
 One line for each thing worth knowing, by topic. Written by `demo_model/handbook.py` from `demo_model/facts.yaml`:
-change that file, not this one. The demo model that `make up` serves learned these answers word for word.
+change that file, not this one. The demo model that `make up` serves learned these answers word for word; *what changed
+after it was trained* is added in italics.
 """
 NOTES = {
     "Kubernetes": "This part says how Baton is designed to run on a cluster.",
@@ -44,8 +45,12 @@ def render() -> str:
         if section["section"] in NOTES:
             parts.append(NOTES[section["section"]] + "\n\n")
         parts.append("| | |\n|---|---|\n")
-        parts += [f"| **{title(row)}** | {row['a'].replace('|', chr(92) + '|')} |\n" for row in section["facts"]]
+        parts += [f"| **{title(row)}** | {answer(row).replace('|', chr(92) + '|')} |\n" for row in section["facts"]]
     return "".join(parts)
+
+
+def answer(row: FactRow) -> str:
+    return f"{row['a']} *{row['now']}*" if "now" in row else row["a"]
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ class FactRow(TypedDict, total=False):
     id: str
     title: str
     a: str
+    now: str  # what is no longer so, for readers: not trained
     names: list[str]
     how: list[list[str]]
     why: list[list[str]]
@@ -54,6 +55,7 @@ class Section(TypedDict):
 class SmallTalkRow(TypedDict):
     id: str
     a: str
+    now: str  # what is no longer so, for readers: not trained
     ask: list[str]
 
 

@@ -73,7 +73,11 @@ class PureLink:
         self.expected = Expectations()
         self.sender = Sender(layout=LAYOUT, slot_bytes=SLOT_BYTES, timers=TIMERS)
         self.sender.connected(
-            peer="d", wire="pure", slots=self.table.snapshot(), slot_bytes=SLOT_BYTES, payload=LAYOUT.dtype,
+            peer="d",
+            wire="pure",
+            slots=self.table.snapshot(),
+            slot_bytes=SLOT_BYTES,
+            payload=LAYOUT.dtype,
             now_s=self.clock.now(),
         )
         self.receiver = Receiver(
