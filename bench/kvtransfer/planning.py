@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 
+from baton_kvtransfer import TransferConfig
 from baton_kvtransfer.plan import Coverage, Pending
 from bench.kvtransfer.shapes import KIB_4
 from bench.report import Report, Row
 
-SLOT_BYTES = 1 << 20
 GOALS_US = {16384: 1000.0, 1024: 50.0}
 REPEATS = 200
 LAYOUT = KIB_4.layout
@@ -31,7 +31,7 @@ def measure(report: Report, seconds: float) -> None:
 
 def _once(tokens: int) -> tuple[float, int]:
     begin_s = time.perf_counter()
-    pending = Pending(layout=LAYOUT, slot_bytes=SLOT_BYTES, first_token=0, end_token=tokens)
+    pending = Pending(layout=LAYOUT, slot_bytes=TransferConfig().slot_bytes, first_token=0, end_token=tokens)
     pending.add(0, LAYOUT.layers, 0, tokens)
     coverage = Coverage(layout=LAYOUT, first_token=0, end_token=tokens)
     chunks = 0

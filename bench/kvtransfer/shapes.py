@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from baton_common.ids import PageId
-from baton_kvtransfer import AxisOrder, PageLayout
+from baton_kvtransfer import AxisOrder, PageLayout, TransferConfig
 
 BY_LAYER = AxisOrder.LAYER_PAGE_KV_HEAD_TOKEN_DIM
 
@@ -62,8 +62,9 @@ def plain(name: str, *, layers: int, page_tokens: int, dim: int, pages: int) -> 
 KIB_4 = plain("4 KiB", layers=8, page_tokens=16, dim=128, pages=2048)
 KIB_64 = plain("64 KiB", layers=8, page_tokens=128, dim=256, pages=128)
 MIB_1 = plain("1 MiB", layers=4, page_tokens=128, dim=4096, pages=16)
-RING = plain("8 slots of 1 MiB", layers=1, page_tokens=128, dim=4096, pages=8)
-"""What a link has under way: stays in the caches of the processor."""
+_CONFIG = TransferConfig()
+RING = plain("slots", layers=1, page_tokens=128, dim=_CONFIG.slot_bytes // 256, pages=_CONFIG.slots_per_peer)
+"""All slots of a link: what is under way at once stays in the caches of the processor."""
 
 LLAMA = Shape(
     name="Llama 8B, 4 KiB runs",
