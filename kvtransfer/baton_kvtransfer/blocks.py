@@ -177,9 +177,9 @@ class HostBlocks:
     ) -> bool:
         if not shared and seal.over(payload) != digest:
             return False
-        # Shared memory is digested once, and only after it was copied: a foreign byte that the copy saw is still there
-        # to be digested, because the right ones are not written again (their header came after them); one that comes
-        # later spoils a good chunk. What was copied of a bad one lies in cells that nobody reads yet.
+        # Shared memory is digested after it was copied: a foreign byte that the copy saw is still there to be digested,
+        # because the right ones were there before their header (the link looks, where a wire cannot promise it) and are
+        # not written again; one that comes later spoils a good chunk. Bad ones lie in cells that nobody reads yet.
         last = seal.running()
         digested = last.update if shared else ignore
         if self._raw and self._scale_rows is None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from baton_common.errors import BatonError
 from baton_kvtransfer.admission import Admission
-from baton_kvtransfer.blocks import Blocks, agreed_payload, seal_of
+from baton_kvtransfer.blocks import XXH3, Blocks, agreed_payload, seal_of
 from baton_kvtransfer.channel import Channel
 from baton_kvtransfer.errors import (
     Aborted,
@@ -63,7 +63,7 @@ class InLink(Link):
         self._slots_at_once = max(1, len(self._slots) // _CREDIT_SHARE)
         self._memory: Landing | None = None
         self._receiver: Receiver | None = None
-        self._remote_memory = False
+        self._remote_memory = self._header_first = False
         self._digest = ""  # kind, agreed in the handshake
         self._blocks: Blocks = local.blocks  # with payloads as agreed in the handshake
         self._replaced = False
@@ -102,7 +102,7 @@ class InLink(Link):
             raise
         self._blocks = local.blocks.for_payloads(payload)
         self._memory = wire.land(slots=len(self._slots), slot_bytes=local.config.slot_bytes)
-        self._remote_memory = wire.caps.remote_memory
+        self._remote_memory, self._header_first = wire.caps.remote_memory, wire.caps.header_first
         self._receiver = Receiver(
             layout=replace(local.layout, dtype=payload),
             slots=self._slots,
@@ -191,7 +191,9 @@ class InLink(Link):
     def _scatter(self, landed: Landed) -> Verdict:
         assert self._memory is not None, "made by the handshake"
         chunk = landed.chunk
-        payload = self._memory.slot(chunk.slot.index, chunk.bytes)
+        payload, seal = self._memory.slot(chunk.slot.index, chunk.bytes), seal_of(chunk, self._digest)
+        if self._header_first and self._digest == XXH3 and seal.over(payload) != chunk.digest:
+            return Verdict.DAMAGED  # else its bytes could come between the copy and the digest
         if not landed.gate.enter():
             return Verdict.CLOSED
         try:
@@ -199,7 +201,7 @@ class InLink(Link):
                 landed.block,
                 landed.pages,
                 payload,
-                seal_of(chunk, self._digest),
+                seal,
                 digest=chunk.digest,
                 shared=self._remote_memory,
             )

@@ -22,8 +22,9 @@ class Caps:
     """What a wire can do, for the choice among wires and for the care the receiver must take."""
 
     same_host: bool  # needs a channel that carries descriptors
-    remote_memory: bool  # the peer can write the slots at any time: verify before and after the scatter
+    remote_memory: bool  # the peer can write the slots at any time: verify what was copied, not what was there before
     detects_death: bool  # a dead peer is seen by the operating system, not only by silence
+    header_first: bool = False  # a header may be here before its bytes can be seen: verify before the copy, too
 
 
 class Landing(Protocol):
