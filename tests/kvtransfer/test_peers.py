@@ -312,7 +312,8 @@ def test_many_silent_connections_do_not_keep_others_out() -> None:
     for sock in silent:
         sock.close()
     eventually(lambda: not world.receiver.endpoint._links, "gone")
-    assert isinstance(world.send(0, 20).received.wait(), Receipt)
+    # those that nobody had accepted yet may still be in front of us: the sender hears of it, and comes again
+    eventually(lambda: isinstance(world.send(0, 20).sent.wait(), Receipt), "served")
     world.close()
 
 
