@@ -100,11 +100,13 @@ def test_slots_are_credited_while_the_next_chunk_is_copied(world: World, monkeyp
 
     monkeypatch.setattr(blocks, "scatter", slow)
     run = world.send(0, 200)
-    eventually(
-        lambda: world.sender.metric("chunks_total", direction="out", wire=world.wire) >= 5, "a fifth of four slots"
-    )
-    assert calls[0] == 3
-    go_on.set()
+    try:
+        eventually(lambda: calls[0] == 3, "the third chunk is being copied")
+        eventually(
+            lambda: world.sender.metric("chunks_total", direction="out", wire=world.wire) >= 5, "a fifth of four slots"
+        )
+    finally:
+        go_on.set()
     assert isinstance(run.received.wait(), Receipt)
     world.check_arrived(run)
 
