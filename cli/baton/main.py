@@ -74,7 +74,7 @@ def down(name: Name = None) -> None:
 
     service = find_running(state_home(os.environ), name)
     if service is None:
-        sys.stdout.write(f"baton: {f'service {name!r}' if name else 'no service'} is running\n")
+        sys.stdout.write(f"baton: no service{f' {name!r}' if name else ''} is running\n")
         return
     stop(service, _console())
 
@@ -149,7 +149,7 @@ def status(
     found = find_running(state_home(os.environ), wanted)
     state = found.read() if found else None
     if state is None:
-        sys.stdout.write(f"baton: {f'service {wanted!r}' if wanted else 'no service'} is running\n")
+        sys.stdout.write(f"baton: no service{f' {wanted!r}' if wanted else ''} is running\n")
         raise typer.Exit(1)
     raise typer.Exit(0 if show(state, _console()) else 1)
 

@@ -24,6 +24,8 @@ def test_without_a_service_commands_say_so_and_down_is_content(tmp_path: Path) -
     status, down = baton("status", home=tmp_path), baton("down", home=tmp_path)
     assert (status.returncode, status.stdout) == (1, "baton: no service is running\n")
     assert (down.returncode, down.stdout) == (0, "baton: no service is running\n")
+    named = baton("down", "--name", "mine", home=tmp_path)
+    assert (named.returncode, named.stdout) == (0, "baton: no service 'mine' is running\n")
 
 
 def test_validate_prints_faults_like_a_compiler_and_exits_2(tmp_path: Path) -> None:
