@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+SLOT_UNIT_BYTES = 4096
 WireChoice = Literal["auto", "shm", "tcp", "nixl", "mooncake"]
 
 
@@ -25,9 +26,9 @@ class TransferConfig:
     slot_bytes: Annotated[
         int,
         Field(
-            ge=4096,
+            ge=SLOT_UNIT_BYTES,
             le=64 << 20,
-            multiple_of=4096,
+            multiple_of=SLOT_UNIT_BYTES,
             description="size of one landing slot, bytes; with less than 2 MiB, chunks cost more than their bytes",
         ),
     ] = 4 << 20

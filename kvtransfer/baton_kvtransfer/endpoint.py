@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from baton_common.clock import Clock
-from baton_common.errors import BatonError, ErrorKind
+from baton_common.errors import BatonError, ConfigError, ErrorKind
 from baton_common.ids import PageId, TransferId
 from baton_kvtransfer.acceptor import Acceptor
 from baton_kvtransfer.admission import Admission
 from baton_kvtransfer.blocks import Blocks, HostBlocks
 from baton_kvtransfer.channel import Channel
-from baton_kvtransfer.config import TransferConfig
+from baton_kvtransfer.config import SLOT_UNIT_BYTES, TransferConfig
 from baton_kvtransfer.errors import Aborted, DeadlineExceeded
 from baton_kvtransfer.expectations import Expectations
 from baton_kvtransfer.inlink import InLink
@@ -32,6 +32,7 @@ from baton_kvtransfer.layout import PageLayout
 from baton_kvtransfer.link import Link, Local
 from baton_kvtransfer.metrics import TransferMetrics
 from baton_kvtransfer.outlink import OutLink
+from baton_kvtransfer.plan import cell_bytes
 from baton_kvtransfer.pulling import Asked, question
 from baton_kvtransfer.records import Fence, Inbound, InboundEvents, Outbound, PeerInfo, Pull
 from baton_kvtransfer.transfer import Transfer
@@ -72,7 +73,8 @@ class KvEndpoint:
         transport: Transport | None = None,
     ) -> None:
         """`blocks` copies to and from a pool that is not in host memory. `transport` replaces the sockets of `config`,
-        for tests and embedding. Raises ValueError, WireError."""
+        for tests and embedding. Raises ValueError, WireError, ConfigError for slots that are too small."""
+        _check_slots(config, layout)
         self._local = Local(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -262,3 +264,14 @@ class KvEndpoint:
         if self._expected.end(transfer_id):
             self._local.metrics.failed.labels("in", type(error).__name__).inc()
             self._events.on_failed(transfer_id, error)
+
+
+def _check_slots(config: TransferConfig, layout: PageLayout) -> None:
+    """A chunk is one position of one head at the least."""
+    least = cell_bytes(layout)
+    if config.slot_bytes < least:
+        raise ConfigError(
+            f"slot_bytes is {config.slot_bytes}, one position of one KV head takes {least} bytes; "
+            f"set slot_bytes to {-(-least // SLOT_UNIT_BYTES) * SLOT_UNIT_BYTES} or more",
+            param="slot_bytes",
+        )

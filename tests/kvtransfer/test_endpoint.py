@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 from support.kv_wires import ONESIDED, over
-from support.kv_world import LAYOUT, World, eventually, no_kv_threads
+from support.kv_world import LAYOUT, Side, World, eventually, no_kv_threads
 
-from baton_common.errors import BatonError, ErrorKind
+from baton_common.errors import BatonError, ConfigError, ErrorKind
 from baton_common.ids import PageId, RequestId, TransferId
 from baton_kvtransfer import FirstToken, Inbound, Receipt, TransferConfig
 from baton_kvtransfer.errors import Aborted, DeadlineExceeded, KVTransferError, PeerGone
+from baton_kvtransfer.plan import cell_bytes
 
 WIRES = over("inproc", "shm", "tcp", *ONESIDED)
 
@@ -290,3 +291,10 @@ def test_an_idle_link_costs_next_to_nothing(world: World) -> None:
     before_s = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before_s < 0.05
+
+
+def test_slots_too_small_for_one_position_are_refused_at_start_with_the_size_to_set() -> None:
+    with pytest.raises(ConfigError, match="set slot_bytes to 4096 or more") as refused:
+        Side("p", config=TransferConfig(wire="tcp", slot_bytes=cell_bytes(LAYOUT) - 1))
+    assert refused.value.param == "slot_bytes"
+    Side("p", config=TransferConfig(wire="tcp", slot_bytes=cell_bytes(LAYOUT))).endpoint.close()

@@ -26,7 +26,7 @@ WIRES = ("shm", "nixl", "mooncake", "tcp")
 """Preferred first."""
 
 RDMA_DEVICES = Path("/dev/infiniband")
-_SYSTEM_PACKAGES = "libibverbs1 librdmacm1 libnuma1 libcurl4"
+_SYSTEM_PACKAGES = "libibverbs1 libnuma1 libcurl4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
