@@ -75,3 +75,23 @@ def test_after_an_abort_nothing_is_told_and_the_fence_is_that_of_all_copies() ->
     owner.handoff.ended(IDS[1], error)
     assert owner.told == []
     assert owner.handoff.abort(error).done()
+
+
+def test_after_a_failure_the_pages_wait_for_the_copies_of_the_others() -> None:
+    """As `KvEndpoint.cancel`: a second cancel knows nothing of a copy that was running at the first."""
+    running, over = Gate(), Gate()
+    over.close()
+    assert running.enter()
+    running.close()
+    fences = {IDS[1]: [running], IDS[2]: [over]}
+    told: list[Sequence[Receipt] | BatonError] = []
+    error = BatonError("first")
+    handoff = Handoff(
+        IDS, lambda transfer_id, _: fences[transfer_id].pop() if fences[transfer_id] else over, told.append
+    )
+    handoff.ended(IDS[0], error)
+    assert told == [error]
+    for fence in (handoff.abort(BatonError("the request is over")), handoff.abort(error)):
+        assert not fence.done()
+    running.leave()
+    assert fence.done()
