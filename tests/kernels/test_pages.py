@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+from math import inf, nan
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from baton_kernels.capabilities import CPU, Capabilities, named
 from baton_kernels.library import Library
 from baton_kernels.oracle import Unsupported, choices
 from baton_kernels.pages import PagesShape, Part, TorchPages, TritonPages, as_words, payload_digest, shape_of
-from baton_kernels.pages.reference import row_keys, word_keys
+from baton_kernels.pages.reference import FLOATS, row_keys, word_keys
 from baton_kernels.rt.language import INTERPRETED
 from baton_kernels.rt.program import InputError
 
@@ -181,10 +184,10 @@ def test_codes_are_digested_as_they_travel(implementation: str, dtype: torch.dty
     factors = torch.rand(3, 2, 2) + 0.5
     payload, digest = torch.empty(PART_OF_POOL.shape(2, 8), dtype=dtype), torch.zeros(1, dtype=torch.int64)
     table = torch.tensor([2, 4]).int()
-    bound(implementation, pool, codes=dtype)(pool, payload, table, PART_OF_POOL, digest=digest, factors=factors)
+    bound(implementation, pool, payload=dtype)(pool, payload, table, PART_OF_POOL, digest=digest, factors=factors)
     assert payload_digest(payload.view(torch.uint8).numpy(), PART_OF_POOL) == int(digest) % 2**64
     back, again = torch.zeros_like(pool), torch.zeros(1, dtype=torch.int64)
-    bound(implementation, pool, codes=dtype, scatter=True)(
+    bound(implementation, pool, payload=dtype, scatter=True)(
         back, payload, table, PART_OF_POOL, digest=again, factors=factors
     )
     assert torch.equal(digest, again)
@@ -199,11 +202,49 @@ PART_OF_POOL = Part(layers=(1, 3), heads=(0, 1), tokens=(9, 20))
 def test_what_is_too_large_for_a_code_becomes_the_largest(implementation: str) -> None:
     pool = torch.full(POOL, 1e4, dtype=torch.bfloat16)
     payload = torch.empty(PART_OF_POOL.shape(2, 8), dtype=torch.float8_e4m3fn)
-    bound(implementation, pool, codes=torch.float8_e4m3fn)(
+    bound(implementation, pool, payload=torch.float8_e4m3fn)(
         pool, payload, torch.tensor([0, 1]).int(), PART_OF_POOL, digest=torch.zeros(1).long(),
         factors=torch.ones(3, 2, 2),
     )  # fmt: skip
     assert torch.all(payload.float() == 448.0)
+
+
+SPECIAL = [  # but for the subnormals of bfloat16, which the interpreter flushes
+    0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, -65519.0, 65520.0, 3.4e38, 3e-8, inf, -inf, nan,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("cells", "payload"), list(permutations(FLOATS, 2)), ids=str)
+@pytest.mark.parametrize("scatter", [False, True])
+def test_floats_are_rounded_to_nearest_even_and_float16_saturates(
+    implementation: str, cells: torch.dtype, payload: torch.dtype, scatter: bool
+) -> None:
+    source, target = (payload, cells) if scatter else (cells, payload)
+    values = (torch.randn(PART_OF_POOL.shape(2, 8)) * 1e3).to(source)
+    values.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL).to(source)
+    exact = values.float()
+    wanted = (exact.clamp(-65504, 65504) if target is torch.float16 else exact).to(target)
+    pool, sent = torch.full(POOL, 7.0, dtype=cells), torch.zeros(values.shape, dtype=payload)
+    inside = [pool[page, 1:, :, :1, run] for page, run in ((2, slice(9, 16)), (4, slice(0, 4)))]
+    if scatter:
+        sent.copy_(values)
+    else:
+        for cell, part in zip(inside, values.split([7, 4], dim=3), strict=True):
+            cell.copy_(part)
+    digest, table = torch.zeros(1, dtype=torch.int64), torch.tensor([2, 4]).int()
+    bound(implementation, pool, payload=payload, scatter=scatter)(pool, sent, table, PART_OF_POOL, digest=digest)
+    got = torch.cat(inside, dim=3) if scatter else sent
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(bits(got)[~got.isnan()], bits(wanted)[~got.isnan()])
+    assert payload_digest(bits(sent).numpy(), PART_OF_POOL) == int(digest) % 2**64, "of what travels"
+    for cell in inside:
+        cell.fill_(7.0)
+    assert bool((pool == 7.0).all()), "wrote outside the part"
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.int32 if values.element_size() == 4 else torch.int16)
 
 
 @pytest.mark.interpret
@@ -238,9 +279,11 @@ def shape(**changes: object) -> PagesShape:
     ("device", "wanted", "why"),
     [
         ("cpu", shape(), "a CPU runs the torch reference"),
-        ("sm_80", shape_of(POOL, torch.bfloat16, codes=torch.float8_e4m3fn), "no 8-bit floats of the kind"),
-        ("gfx942", shape_of(POOL, torch.bfloat16, codes=torch.float8_e4m3fn), "no 8-bit floats of the kind"),
-        ("sm_90", shape(codes=torch.float8_e4m3fn), "made of floats"),
+        ("sm_80", shape_of(POOL, torch.bfloat16, payload=torch.float8_e4m3fn), "no 8-bit floats of the kind"),
+        ("gfx942", shape_of(POOL, torch.bfloat16, payload=torch.float8_e4m3fn), "no 8-bit floats of the kind"),
+        ("sm_90", shape(payload=torch.float8_e4m3fn), "made of floats"),
+        ("sm_90", shape(payload=torch.bfloat16), "made of floats"),
+        ("sm_90", shape_of(POOL, torch.float32, payload=torch.int32), "int32 is not converted"),
         ("sm_90", shape_of(POOL, torch.float64), "view the pool as int32"),
         ("sm_90", shape_of((4, 2, 3, 2, 16, 8), torch.int32), "3 tensors per head"),
         ("sm_90", shape_of((4, 2, 2, 2, 16, 8192), torch.int32), "rows of 8192 elements"),

@@ -46,14 +46,16 @@ def invented_attention(chance, largest):
 
 
 def invented_pages(chance, largest):
-    """Any pool, any part of it, both directions."""
+    """Any pool, any part of it, both directions, copied or converted."""
     size = chance.choice((16, 32, 64, 128))
     count, dim = largest // size + 3, chance.choice((6, 32, 64))
     pool = (count, chance.randrange(1, 5), chance.choice((1, 2)), chance.randrange(1, 5), size, dim)
     ends = [sorted(chance.randrange(most + 1) for _ in range(2)) for most in (pool[1], pool[3], largest)]
     layers, heads, tokens = (tuple(pair) for pair in ends)
     part = pages.Part(layers=layers, heads=heads, tokens=tokens)
-    shape = pages.shape_of(pool, torch.int32, scatter=chance.random() < 0.5, layer_first=chance.random() < 0.3)
+    dtype, payload = chance.choice(((torch.int32, None), tuple(chance.sample(DTYPES, 2))))
+    scatter, layer_first = chance.random() < 0.5, chance.random() < 0.3
+    shape = pages.shape_of(pool, dtype, payload=payload, scatter=scatter, layer_first=layer_first)
     make = partial(pages.call, shape, pool, part)
     return Case(name=f"{shape} {pool} {part}", shape=shape, make=make, traffic=pages.model(shape, part))
 

@@ -12,7 +12,7 @@ from random import Random
 
 import torch
 from prometheus_client import CollectorRegistry
-from support.kv_world import LIMIT_S, setting
+from support.kv_world import LIMIT_S, MakeBlocks, setting
 
 from baton_common.clock import SystemClock
 from baton_common.errors import BatonError
@@ -51,7 +51,9 @@ def layout_of(
 class Rank:
     """One rank: pool, endpoint, and the page table of the one sequence under test."""
 
-    def __init__(self, name: str, layout: PageLayout, wire: str, seed: int = 0) -> None:
+    def __init__(
+        self, name: str, layout: PageLayout, wire: str, seed: int = 0, blocks: MakeBlocks | None = None
+    ) -> None:
         self.name, self.layout = name, layout
         pages = -(-TOKENS // layout.page_tokens)
         count = pages + 3
@@ -72,7 +74,7 @@ class Rank:
             clock=SystemClock(),
             events=self,
             metrics=TransferMetrics(CollectorRegistry()),
-            blocks=HostBlocks(self.pool, layout, scales=self.scales),
+            blocks=blocks(self.pool) if blocks else HostBlocks(self.pool, layout, scales=self.scales),
             transport=SocketTransport(config),
         )
         self.address = self.endpoint.start()
@@ -117,15 +119,16 @@ class Sides:
 
     def __init__(
         self, wire: str, *, heads: int, source: PageLayout, target: PageLayout, source_ranks: int = 1,
-        target_ranks: int = 1,
+        target_ranks: int = 1, source_blocks: MakeBlocks | None = None, target_blocks: MakeBlocks | None = None,
     ) -> None:  # fmt: skip
         """The layouts are of the whole model; each rank gets its share of the heads."""
         self.heads = heads
         self.sources = [
-            Rank(f"p{rank}", _share(source, rank, source_ranks, heads), wire, seed=rank) for rank in range(source_ranks)
+            Rank(f"p{rank}", _share(source, rank, source_ranks, heads), wire, seed=rank, blocks=source_blocks)
+            for rank in range(source_ranks)
         ]
         self.targets = [
-            Rank(f"d{rank}", _share(target, rank, target_ranks, heads), wire, seed=50 + rank)
+            Rank(f"d{rank}", _share(target, rank, target_ranks, heads), wire, seed=50 + rank, blocks=target_blocks)
             for rank in range(target_ranks)
         ]
         generator = torch.Generator().manual_seed(heads)

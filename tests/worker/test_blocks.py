@@ -1,4 +1,5 @@
-"""KV blocks of a GPU's pool: the same bytes as on a host, one lane a call, and whole handoffs with its digest.
+"""KV blocks of a GPU's pool: the same bytes as on a host, other dtypes too, one lane a call, and whole handoffs with
+its digest.
 
 The GPU is one whose memory is the host's. Its kernel's reference runs; under TRITON_INTERPRET=1, for the tests marked
 `either`, the kernel itself.
@@ -8,28 +9,39 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import permutations, product
+from math import inf, nan
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from support.fake_cuda import FakeCuda
+from support.kv_ranks import CANARY as RANK_CANARY
+from support.kv_ranks import TOKENS, Sides, layout_of
 from support.kv_world import LAYOUT, World, no_kv_threads
 
 from baton_common.clock import SystemClock
 from baton_common.ids import PageId
 from baton_engine.exec.cuda import Patience
 from baton_engine.exec.device import open_device
-from baton_engine.exec.pool import KvPool
+from baton_engine.exec.pool import TORCH_DTYPES, KvPool
 from baton_kernels.capabilities import CPU, named
 from baton_kernels.library import Library
+from baton_kernels.pages import Part, payload_digest
 from baton_kernels.rt.language import INTERPRETED
 from baton_kvtransfer import AxisOrder, PageLayout, Receipt, TransferConfig
-from baton_kvtransfer.blocks import MULTILINEAR, XXH3, HostBlocks, Seal
+from baton_kvtransfer.blocks import MULTILINEAR, XXH3, Blocks, HostBlocks, Seal, agreed_payload
 from baton_kvtransfer.errors import DeadlineExceeded
+from baton_kvtransfer.layout import DTYPE_BYTES
 from baton_kvtransfer.plan import Block
+from baton_kvtransfer.routes import routes
 from baton_kvtransfer.wires.chaos import Faults
+from baton_proto.compat import CONVERTED
 from baton_worker import blocks as under_test
-from baton_worker.blocks import DeviceBlocks, blocks_for
+from baton_worker.blocks import PLAIN, DeviceBlocks, blocks_for
 
 either = pytest.mark.interpret  # and in an ordinary run too
 INTERPRETER = threading.RLock()  # Triton's is not made for threads
@@ -79,14 +91,6 @@ def test_it_copies_what_a_host_copies(order: AxisOrder, dtype: str, dim: int) ->
     assert torch.equal(targets[0].view(torch.uint8), targets[1].view(torch.uint8))
 
 
-def test_nothing_is_converted_on_a_gpu() -> None:
-    blocks = device_blocks(pool_of(LAYOUT))
-    assert blocks.payloads == ("bfloat16",)
-    assert blocks.for_payloads("bfloat16") is blocks
-    with pytest.raises(ValueError, match="set kv_dtype to bfloat16"):
-        device_blocks(torch.zeros(LAYOUT.shape(2), dtype=torch.uint8).view(torch.float8_e4m3fn))
-
-
 @pytest.mark.parametrize(
     ("kind", "at"), [(XXH3, 777), (MULTILINEAR, 0), (MULTILINEAR, -1), pytest.param(MULTILINEAR, 777, marks=either)]
 )
@@ -127,6 +131,133 @@ def test_what_is_written_into_a_slot_after_it_was_read_is_not_stored() -> None:
     stored = payload_of()
     HostBlocks(target, LAYOUT).gather(BLOCK, PAGES, stored, Seal(XXH3, 0))
     assert stored == sent
+
+
+# ---- other dtypes ---------------------------------------------------------------------------------------------------
+CONVERSIONS = pytest.mark.parametrize(("dtype", "payload"), list(permutations(PLAIN, 2)))
+POOLS = pytest.mark.parametrize(
+    ("dim", "order"),
+    [pytest.param(16, order, marks=either if index == 0 else ()) for index, order in enumerate(AxisOrder)]
+    + [(5, AxisOrder.PAGE_LAYER_KV_TOKEN_HEAD_DIM)],
+)
+
+
+@CONVERSIONS
+@POOLS
+def test_what_it_sends_as_another_dtype_is_what_a_host_sends(
+    dtype: str, payload: str, dim: int, order: AxisOrder
+) -> None:
+    layout, travels = layouts(dtype, payload, dim, order)
+    pool = edges_of(layout)
+    host, device = HostBlocks(pool, layout).for_payloads(payload), device_blocks(pool).for_payloads(payload)
+    wanted, got = payload_of(travels), payload_of(travels)
+    digest = host.gather(BLOCK, PAGES, wanted, Seal(XXH3, 3))
+    assert device.gather(BLOCK, PAGES, got, Seal(XXH3, 3)) == digest
+    assert got == wanted
+    assert device.gather(BLOCK, PAGES, got, Seal(MULTILINEAR, 3)) == summed(got, travels), "of what travels"
+
+
+@CONVERSIONS
+@POOLS
+def test_what_it_keeps_of_another_dtype_is_what_a_host_keeps(
+    dtype: str, payload: str, dim: int, order: AxisOrder
+) -> None:
+    layout, travels = layouts(dtype, payload, dim, order)
+    sent = payload_of(travels)
+    digest = HostBlocks(edges_of(travels), travels).gather(BLOCK, PAGES, sent, Seal(XXH3, 3))
+    digests = {XXH3: digest, MULTILINEAR: summed(sent, travels)}
+    theirs = torch.full_like(pool_of(layout), 99.0)
+    host = HostBlocks(theirs, layout).for_payloads(payload)
+    assert host.scatter(BLOCK, PAGES, sent, Seal(XXH3, 3), digest=digest, shared=False)
+    for kind, wanted in digests.items():
+        ours = torch.full_like(theirs, 99.0)
+        device = device_blocks(ours).for_payloads(payload)
+        assert device.scatter(BLOCK, PAGES, sent, Seal(kind, 3), digest=wanted, shared=True)
+        assert torch.equal(bits(ours), bits(theirs))
+        sent[-3] ^= 1
+        assert not device.scatter(BLOCK, PAGES, sent, Seal(kind, 3), digest=wanted, shared=True)
+        sent[-3] ^= 1
+
+
+@CONVERSIONS
+def test_what_is_no_number_stays_none(dtype: str, payload: str) -> None:
+    """Which of its bit patterns it gets is nobody's promise."""
+    layout, travels = layouts(dtype, payload)
+    pool, target, sent = torch.full_like(pool_of(layout), nan), torch.zeros_like(pool_of(layout)), payload_of(travels)
+    seal = Seal(MULTILINEAR, 3)
+    digest = device_blocks(pool).for_payloads(payload).gather(BLOCK, PAGES, sent, seal)
+    assert bool(torch.frombuffer(sent, dtype=getattr(torch, payload)).isnan().all())
+    blocks = device_blocks(target).for_payloads(payload)
+    assert blocks.scatter(BLOCK, PAGES, sent, seal, digest=digest, shared=True)
+    assert bool(target[PAGES[1], 1:3].isnan().all())
+
+
+def test_the_dtype_of_the_pool_is_the_first_and_all_share_the_lanes() -> None:
+    cuda = FakeCuda(reached=None)
+    pool = pool_of(LAYOUT)
+    blocks, seal = device_blocks(pool, cuda), Seal(XXH3, 0)
+    assert blocks.payloads == ("bfloat16", "float32", "float16")
+    before, sizes = len(cuda.pins), []
+    for dtype in blocks.payloads:
+        payload = payload_of(replace(LAYOUT, dtype=dtype))
+        blocks.for_payloads(dtype).gather(BLOCK, PAGES, payload, seal)
+        sizes.append(len(payload))
+    blocks.gather(BLOCK, PAGES, payload_of(), seal)
+    assert cuda.marks == 4
+    assert len(cuda.pins) == before + len(set(sizes)), "staging grew, and was kept"
+
+
+@pytest.mark.parametrize(("sender", "receiver"), list(product(TORCH_DTYPES, repeat=2)))
+def test_what_the_router_pairs_agrees_on_a_payload(sender: str, receiver: str) -> None:
+    """It does not look at the KV dtype, so pools of all that a worker can keep must fit, wherever they lie."""
+    assert "kv_dtype" in CONVERTED
+    kept = {dtype: replace(LAYOUT, dtype=dtype) for dtype in (sender, receiver)}
+    sides: dict[str, list[Blocks]] = {
+        dtype: [HostBlocks(pool_of(layout), layout), device_blocks(pool_of(layout))] for dtype, layout in kept.items()
+    }
+    narrower = min(receiver, sender, key=DTYPE_BYTES.__getitem__)
+    for theirs, ours in product(sides[sender], sides[receiver]):
+        assert agreed_payload(sender=theirs.payloads, receiver=ours.payloads) == narrower
+
+
+def test_integers_are_not_converted_and_scales_are_not_left_behind() -> None:
+    layout = replace(LAYOUT, dtype="int8")
+    assert device_blocks(pool_of(layout)).payloads == HostBlocks(pool_of(layout), layout).payloads == ("int8",)
+    with pytest.raises(ValueError, match="set kv_dtype to bfloat16"):
+        device_blocks(torch.zeros(LAYOUT.shape(2), dtype=torch.uint8).view(torch.float8_e4m3fn))
+
+
+def layouts(
+    dtype: str, payload: str, dim: int = 16, order: AxisOrder = AxisOrder.PAGE_LAYER_KV_HEAD_TOKEN_DIM
+) -> tuple[PageLayout, PageLayout]:
+    """Of a pool, and the same with the dtype of payloads."""
+    layout = PageLayout(layers=4, kv=2, heads=2, page_tokens=16, dim=dim, dtype=dtype, order=order)
+    return layout, replace(layout, dtype=payload)
+
+
+def edges_of(layout: PageLayout) -> torch.Tensor:
+    """A pool of numbers that round up, down and to even, saturate, overflow and underflow."""
+    pool = pool_of(layout)
+    edges = torch.tensor(
+        [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65504.0, -65520.0, 3.4e38, 3e-8, -1e-7, inf,
+         -inf, 3.0 if INTERPRETED else -1e-40]  # the interpreter flushes subnormals of bfloat16
+    )  # fmt: skip
+    values = torch.where(torch.rand(pool.shape) < 0.3, edges[torch.randint(len(edges), pool.shape)], 0.0)
+    return pool.copy_(torch.where(values == 0, torch.randn(pool.shape) * 1e3, values))
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+
+
+def summed(payload: memoryview, layout: PageLayout) -> int:
+    """The MULTILINEAR digest by its specification."""
+    part = Part(
+        layers=(BLOCK.layer_begin, BLOCK.layer_end), heads=(BLOCK.head_begin, BLOCK.head_end),
+        tokens=(BLOCK.token_begin, BLOCK.token_end),
+    )  # fmt: skip
+    rows = torch.frombuffer(payload, dtype=torch.uint8).view(*BLOCK.shape(layout)[:4], -1)
+    return Seal(MULTILINEAR, 3).around(payload_digest(rows.numpy(), part))
 
 
 # ---- lanes ----------------------------------------------------------------------------------------------------------
@@ -225,6 +356,37 @@ def test_kv_crosses_between_a_gpu_and_a_host(gpu: str) -> None:
     world.check_arrived(run)
     assert {link._digest for side in (world.sender, world.receiver) for link in side.endpoint._links} == {XXH3}
     world.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "gpus"),
+    [
+        *((source, target, gpu) for source, target in permutations(PLAIN, 2) for gpu in ("source", "target")),
+        pytest.param("float32", "bfloat16", "source target", marks=either),
+        pytest.param("bfloat16", "float32", "source target", marks=either),
+        *(("float16", other, "source target") for other in ("float32", "bfloat16")),
+        *((other, "float16", "source target") for other in ("float32", "bfloat16")),
+    ],
+)
+def test_kv_crosses_between_gpus_that_keep_other_dtypes(source: str, target: str, gpus: str) -> None:
+    """Pages and axes differ too. The narrower dtype travels; of two that are equally wide the receiver's."""
+    ours = layout_of(dtype=source)
+    theirs = layout_of(dtype=target, page_tokens=40, order=AxisOrder.LAYER_PAGE_KV_TOKEN_HEAD_DIM)
+    blocks: dict[str, Any] = {f"{side}_blocks": device_blocks for side in gpus.split()}
+    with closing(Sides("shm", heads=4, source=ours, target=theirs, **blocks)) as world:
+        sending = world.start(
+            routes(heads=4, source_ranks=1, target_ranks=1, latent=False, number=0, first_token=61, end_token=TOKENS)
+        )
+        sending.run()
+        (receipt,) = sending.sent.values()
+        assert isinstance(receipt, Receipt)
+        assert receipt.bytes == world.truth[61:].numel() * min(DTYPE_BYTES[source], DTYPE_BYTES[target])
+        held, arrived = world.sources[0].holds(61), world.targets[0].holds()
+        assert torch.equal(arrived[61:], held.to(getattr(torch, target)).float())
+        assert bool((arrived[:61] == RANK_CANARY).all()), "wrote outside its range"
+        kinds = {link._digest for side in (*world.sources, *world.targets) for link in side.endpoint._links}
+        assert kinds == {MULTILINEAR if " " in gpus else XXH3}
+    assert no_kv_threads()
 
 
 @pytest.mark.parametrize("wire", ["inproc", pytest.param("shm", marks=either), "tcp"])

@@ -2,6 +2,8 @@
 
 A small client plays the router. Weights are random and float32. With KV of equal dtype the tokens are those of
 `transformers`; where one side keeps bfloat16, each token is as good as the best one, as far as that dtype can tell.
+All processes compute on the CPU; with a GPU (`-m gpu`) the side that keeps float32 is on that one. The other cannot be:
+attention on a GPU reads KV of the dtype that it computes in.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=OUTPUTS, ignore_eos=True)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("model"), seed=7)
+
+
+@pytest.fixture(params=("cpu", pytest.param("gpu", marks=pytest.mark.gpu)))
+def device(request: pytest.FixtureRequest) -> str:
+    return "cpu" if request.param == "cpu" else str(request.getfixturevalue("gpu_device"))
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +105,15 @@ async def test_unequal_pages_change_no_token(
     ids=["narrower-page-order", "wider"],
 )
 async def test_unequal_dtypes_cost_no_more_than_the_narrower_one(
-    checkpoint: Path, reference: Reference, tmp_path: Path, prefill: dict[str, Any], decode: dict[str, Any]
+    checkpoint: Path,
+    reference: Reference,
+    tmp_path: Path,
+    device: str,
+    prefill: dict[str, Any],
+    decode: dict[str, Any],
 ) -> None:
-    with pair_of(checkpoint, tmp_path, prefill=prefill, decode=decode) as service:
+    ours, theirs = (side | {"device": device} if side["kv_dtype"] == "float32" else side for side in (prefill, decode))
+    with pair_of(checkpoint, tmp_path, prefill=ours, decode=theirs) as service:
         questions = [(prompt, GREEDY) for prompt in prompts(40, seed=11)]
         async with connected(service) as pair:
             answers = ids(await side_by_side(questions, pair.ask))

@@ -3,8 +3,9 @@
 One kernel gathers, or scatters, and digests in the same pass (`baton_kernels.pages`). Staging memory of our own lies
 between pool and slot, so the bytes that are digested are the bytes that are stored, whatever a peer writes into a slot
 meanwhile. A call has a lane to itself: a stream beside the engine's, and staging that is kept for the next call; it
-waits for its own copies only. It relies on the engine's word that the layers of a gather are complete, and on the gate
-that keeps the pages of a scatter. It does not know transfers, links or wires.
+waits for its own copies only. Where the payloads of a link have another dtype than the pool, the same kernel rounds as
+`baton_kvtransfer.convert` does. It relies on the engine's word that the layers of a gather are complete, and on the
+gate that keeps the pages of a scatter. It does not know transfers, links or wires.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 from queue import Empty, LifoQueue
 
@@ -28,14 +30,17 @@ from baton_engine.exec.device import Device
 from baton_engine.exec.pool import KvPool
 from baton_kernels import pages as kernels
 from baton_kernels.library import Library
-from baton_kernels.pages import PagesShape, Part
+from baton_kernels.pages import PagesShape, Part, TorchPages, TritonPages
 from baton_kvtransfer.blocks import MULTILINEAR, XXH3, Blocks, Seal
+from baton_kvtransfer.convert import CONVERTIBLE
 from baton_kvtransfer.errors import DeadlineExceeded
 from baton_kvtransfer.layout import SCALED
 from baton_kvtransfer.plan import Block
 
 log = logging.getLogger("baton.worker")
 
+PLAIN = tuple(dtype for dtype in CONVERTIBLE if dtype not in SCALED)
+"""Any of them into any other."""
 LANES = 4
 """Copies at once; further links take turns. A GPU has one copy engine for each direction."""
 COPY_TIMEOUT_S = 30.0
@@ -65,33 +70,26 @@ class DeviceBlocks:
         dtype = str(pool.dtype).removeprefix("torch.")
         if dtype in SCALED:
             raise ValueError(f"a pool of {dtype} on {pool.device} cannot be handed over; set kv_dtype to bfloat16")
-        self.payloads = (dtype,)
-        self._pool = kernels.as_words(pool)
-        page, layer, kv, head, token, _ = self._pool.stride()
-        self._shape = PagesShape(
-            strides=(page, layer, kv, head, token),
-            kv=self._pool.shape[2],
-            page_tokens=self._pool.shape[4],
-            dim=self._pool.shape[5],
-            dtype=self._pool.dtype,
-        )
-        self._to_payload = library.bind(kernels.FAMILY, self._shape)
-        self._to_pool = library.bind(kernels.FAMILY, replace(self._shape, scatter=True))
+        self.payloads: Sequence[str] = tuple(dict.fromkeys((dtype, *(PLAIN if dtype in PLAIN else ()))))
+        self._ways = {payload: _way(pool, payload, library) for payload in self.payloads}
+        self._way = self._ways[dtype]
         self._lanes: LifoQueue[_Lane] = LifoQueue()
         for stream in streams:
             self._lanes.put(_Lane(stream, patience))
 
     def for_payloads(self, dtype: str) -> DeviceBlocks:
-        """Nothing is converted here: `payloads` names the pool's own dtype only."""
+        """Shares the lanes. Kernels of all payloads were compiled before: a handshake does not wait for them."""
         assert dtype in self.payloads, "agreed in the handshake"
-        return self
+        other = copy(self)
+        other._way = self._ways[dtype]
+        return other
 
     def gather(self, block: Block, pages: Sequence[PageId], out: memoryview, seal: Seal) -> int:
         """See `Blocks`."""
         part, size = _part(block), out.nbytes
         with self._lane(size) as lane:
             table = lane.upload_table(self._touched(block, pages))
-            self._to_payload(self._pool, self._payload(lane, part), table, part, digest=lane.sum)
+            self._way.to_payload(self._way.pool, self._payload(lane, part), table, part, digest=lane.sum)
             lane.payload.down(size)
             body = lane.finish()
             np.copyto(np.frombuffer(out, dtype=np.uint8), lane.payload.array(size))
@@ -108,7 +106,7 @@ class DeviceBlocks:
                 return False
             lane.payload.up(size)
             table = lane.upload_table(self._touched(block, pages))
-            self._to_pool(self._pool, self._payload(lane, part), table, part, digest=lane.sum)
+            self._way.to_pool(self._way.pool, self._payload(lane, part), table, part, digest=lane.sum)
             body = lane.finish()
         return seal.kind == XXH3 or seal.around(body) == digest
 
@@ -125,12 +123,43 @@ class DeviceBlocks:
         self._lanes.put(lane)
 
     def _payload(self, lane: _Lane, part: Part) -> Tensor:
-        shape = part.shape(self._shape.kv, self._shape.dim)
-        return lane.payload.device.view(self._shape.dtype)[: prod(shape)].view(shape)
+        way = self._way.shape
+        shape = part.shape(way.kv, way.dim)
+        return lane.payload.device.view(way.payload)[: prod(shape)].view(shape)
 
     def _touched(self, block: Block, pages: Sequence[PageId]) -> npt.NDArray[np.int32]:
-        size = self._shape.page_tokens
+        size = self._way.shape.page_tokens
         return np.asarray(pages[block.token_begin // size : -(-block.token_end // size)], dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Way:
+    """Between a pool and payloads of one dtype."""
+
+    pool: Tensor  # as its kernels see it
+    shape: PagesShape  # of the gather
+    to_payload: TorchPages | TritonPages
+    to_pool: TorchPages | TritonPages
+
+
+def _way(pool: Tensor, payload: str, library: Library) -> _Way:
+    dtype: torch.dtype = getattr(torch, payload)
+    seen = kernels.as_words(pool) if dtype is pool.dtype else pool
+    page, layer, kv, head, token, _ = seen.stride()
+    shape = PagesShape(
+        strides=(page, layer, kv, head, token),
+        kv=seen.shape[2],
+        page_tokens=seen.shape[4],
+        dim=seen.shape[5],
+        dtype=seen.dtype,
+        payload=seen.dtype if dtype is pool.dtype else dtype,
+    )
+    return _Way(
+        pool=seen,
+        shape=shape,
+        to_payload=library.bind(kernels.FAMILY, shape),
+        to_pool=library.bind(kernels.FAMILY, replace(shape, scatter=True)),
+    )
 
 
 class _Staging:

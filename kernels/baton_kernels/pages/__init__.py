@@ -1,5 +1,5 @@
 """Blocks of KV between a paged pool and a contiguous payload, with a positional digest in the same pass; optionally as
-8-bit floats on the way.
+other floats on the way.
 
 `reference` is the specification, `kernel` the Triton kernel; here is what the oracle, tests and benchmark see of them.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import permutations
 from math import prod
 
 import torch
 
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.pages.kernel import TritonPages, refuses
-from baton_kernels.pages.reference import PagesShape, Part, TorchPages, as_words, payload_digest
+from baton_kernels.pages.reference import FLOATS, PagesShape, Part, TorchPages, as_words, payload_digest
 from baton_kernels.registry import Call, Case, Family, Implementation, Traffic, anywhere
 from baton_kernels.rt.program import Config
 
@@ -25,11 +26,12 @@ def shape_of(
     pool: tuple[int, int, int, int, int, int],
     dtype: torch.dtype,
     *,
-    codes: torch.dtype | None = None,
+    payload: torch.dtype | None = None,
     scatter: bool = False,
     layer_first: bool = False,
 ) -> PagesShape:
-    """Of a dense pool of shape [page, layer, kv, head, token, dim] whose pages, or layers, are outermost."""
+    """Of a dense pool of shape [page, layer, kv, head, token, dim] whose pages, or layers, are outermost. `payload`
+    None: as the pool."""
     pages, layers, kv, heads, tokens, dim = pool
     per_layer = kv * heads * tokens * dim
     outer = (per_layer, pages * per_layer) if layer_first else (layers * per_layer, per_layer)
@@ -39,7 +41,7 @@ def shape_of(
         page_tokens=tokens,
         dim=dim,
         dtype=dtype,
-        codes=codes,
+        payload=payload or dtype,
         scatter=scatter,
     )
 
@@ -56,6 +58,15 @@ def _configs(_capabilities: Capabilities, _shape: PagesShape) -> Sequence[Config
         for size in (4096, 8192, 16384, 32768)
         for warps in (2, 4, 8)
     ]
+
+
+TRAVELS = (
+    (torch.float32, torch.bfloat16, False),
+    (torch.float32, torch.bfloat16, True),
+    (torch.float32, torch.float16, True),
+    (torch.bfloat16, torch.float16, False),
+)
+"""(pool, payload, scatter): the narrower dtype travels, of two that are equally wide the receiver's."""
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
@@ -81,19 +92,19 @@ def call(shape: PagesShape, pool: PoolShape, part: Part, random: torch.Generator
         "part": part,
         "digest": torch.zeros(1, dtype=torch.int64, device=device),
     }
-    if shape.codes:
+    if shape.coded:
         arguments["factors"] = (torch.rand(layers, kv, heads, generator=random) + 0.5).to(device)
     outputs: tuple[str, ...] = ("pool" if shape.scatter else "payload",)
-    exact = () if shape.codes else outputs
-    if shape.scatter or not shape.codes:  # codes may be off by one unit, and then so is their digest
+    exact = () if shape.coded else outputs
+    if shape.scatter or not shape.coded:  # codes may be off by one unit, and then so is their digest
         outputs, exact = (*outputs, "digest"), (*exact, "digest")
     return Call(
         arguments=arguments,
         outputs=outputs,
         updated=("pool",) if shape.scatter else (),
-        units_last_place=("payload",) if shape.codes and not shape.scatter else (),
+        units_last_place=("payload",) if shape.coded and not shape.scatter else (),
         exact=exact,
-        precision=shape.dtype if shape.codes else torch.float32,
+        precision=shape.dtype if shape.coded else torch.float32,
     )
 
 
@@ -122,9 +133,14 @@ def cases() -> Sequence[Case[PagesShape]]:
             _case(small((4, 2, 2, 1, 12, 5), torch.int16), (4, 2, 2, 1, 12, 5), _all_tokens(2, 1, 30), "odd"),
             _case(small((3, 1, 2, 2, 128, 6), torch.int8), (3, 1, 2, 2, 128, 6), _all_tokens(1, 2, 140), "bytes"),
         ]
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            found.append(_case(small(pool, dtype, codes=torch.float8_e4m3fn), pool, part))
+        for dtype in FLOATS:
+            found.append(_case(small(pool, dtype, payload=torch.float8_e4m3fn), pool, part))
+        odd = (4, 2, 2, 1, 12, 5)
+        for dtype, payload in permutations(FLOATS, 2):
+            found.append(_case(small(pool, dtype, payload=payload), pool, part))
+            found.append(_case(small(odd, dtype, payload=payload), odd, _all_tokens(2, 1, 30), "odd"))
         found += [_bench(page, scatter) for page in (16, 64)]
+        found.append(_bench(64, scatter, torch.float32, torch.bfloat16))
     return found
 
 
@@ -132,11 +148,14 @@ def _all_tokens(layers: int, heads: int, tokens: int) -> Part:
     return Part(layers=(0, layers), heads=(0, heads), tokens=(0, tokens))
 
 
-def _bench(page_tokens: int, scatter: bool) -> Case[PagesShape]:
+def _bench(
+    page_tokens: int, scatter: bool, dtype: torch.dtype = torch.int32, payload: torch.dtype | None = None
+) -> Case[PagesShape]:
     """8k tokens of an 8B model: 1 GiB."""
     pool: PoolShape = (8192 // page_tokens + 64, 32, 2, 8, page_tokens, 64)
     part = _all_tokens(32, 8, 8192)
-    return _case(shape_of(pool, torch.int32, scatter=scatter), pool, part, "8b-t8192", bench=True, goal=0.85)
+    shape = shape_of(pool, dtype, payload=payload, scatter=scatter)
+    return _case(shape, pool, part, "8b-t8192", bench=True, goal=0.85)
 
 
 def _case(
@@ -155,9 +174,11 @@ def _shapes(capabilities: Capabilities) -> Sequence[PagesShape]:
         for pool in ((64, 32, 2, 8, 64, 64), (64, 32, 2, 8, 16, 64), (64, 24, 2, 2, 64, 32), (64, 60, 1, 1, 64, 288))
         for scatter in (False, True)
     ]
+    pool = (64, 32, 2, 8, 64, 128)
+    for dtype, payload, scatter in TRAVELS:
+        found.append(shape_of(pool, dtype, payload=payload, scatter=scatter))
     if capabilities.fp8 is not None:
-        pool = (64, 32, 2, 8, 64, 128)
-        found += [shape_of(pool, torch.bfloat16, codes=capabilities.fp8, scatter=way) for way in (False, True)]
+        found += [shape_of(pool, torch.bfloat16, payload=capabilities.fp8, scatter=way) for way in (False, True)]
     return found
 
 

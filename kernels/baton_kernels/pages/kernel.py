@@ -2,7 +2,7 @@
 
 A program moves one tile of tokens of one (layer, kv, head); a tile lies in one page, so that is one page id and, in
 both orders of a pool, one contiguous run on each side. Its share of the digest is added atomically: integers, so any
-order gives the same sum.
+order gives the same sum. Other floats are made on the way, and the digest is of what travels.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baton_kernels.capabilities import Capabilities
 from baton_kernels.pages.reference import (
+    FLOATS,
     HEAD_BITS,
     KV_BITS,
     LAYER_BITS,
@@ -24,7 +25,6 @@ from baton_kernels.pages.reference import (
     PagesShape,
     Part,
 )
-from baton_kernels.quant import fp8_max
 from baton_kernels.registry import needs_triton
 from baton_kernels.rt.check import check
 from baton_kernels.rt.language import cast, jit, tl
@@ -65,13 +65,21 @@ def _tile_digest(x, row, LANES: tl.constexpr, BITS: tl.constexpr):
 
 
 @jit
+def _rounded(values, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """float32 `values` in `dtype`; see PagesShape.largest. NaN stays NaN."""
+    if LARGEST > 0.0:
+        values = tl.clamp(values, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return cast(values, dtype)
+
+
+@jit
 def _copy_tiles(
     POOL, PAYLOAD, TABLE, FACTORS, DIGEST, layer_begin, head_begin, heads, token_begin, token_end, pool_heads,
     S_PAGE: tl.constexpr, S_LAYER: tl.constexpr, S_KV: tl.constexpr, S_HEAD: tl.constexpr, S_TOKEN: tl.constexpr,
     KV: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, SCATTER: tl.constexpr, CODE_MAX: tl.constexpr,
+    BITS: tl.constexpr, SCATTER: tl.constexpr, CONVERT: tl.constexpr, CODED: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of tokens, kv * heads, layers) of the part. CODE_MAX = 0: bytes are copied, FACTORS not touched."""
+    """Grid: (tiles of tokens, kv * heads, layers) of the part. Unless CODED, FACTORS is not touched."""
     first = token_begin // ROWS * ROWS + tl.program_id(0) * ROWS
     kv, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     layer = tl.program_id(2)
@@ -84,7 +92,7 @@ def _copy_tiles(
     cells += (first % PAGE + rows)[:, None] * S_TOKEN + lanes[None, :]
     run = ((layer.to(tl.int64) * KV + kv) * heads + head) * (token_end - token_begin)
     wire = PAYLOAD + run * DIM + ((first - token_begin + rows) * DIM)[:, None] + lanes[None, :]
-    if CODE_MAX == 0.0:
+    if not CONVERT:
         if SCATTER:
             sent = tl.load(wire, mask=inside, other=0)
             tl.store(cells, sent, mask=inside)
@@ -92,13 +100,18 @@ def _copy_tiles(
             sent = tl.load(cells, mask=inside, other=0)
             tl.store(wire, sent, mask=inside)
     else:
-        factor = tl.load(FACTORS + (layer_at * KV + kv) * pool_heads + head_at)
+        factor = tl.load(FACTORS + (layer_at * KV + kv) * pool_heads + head_at) if CODED else 1.0
         if SCATTER:
             sent = tl.load(wire, mask=inside, other=0.0)
-            tl.store(cells, cast(sent.to(tl.float32) * factor, POOL.dtype.element_ty), mask=inside)
+            values = sent.to(tl.float32)
+            if CODED:
+                values *= factor
+            tl.store(cells, _rounded(values, POOL.dtype.element_ty, LARGEST), mask=inside)
         else:
-            value = tl.load(cells, mask=inside, other=0.0).to(tl.float32) / factor
-            sent = cast(tl.clamp(value, -CODE_MAX, CODE_MAX), PAYLOAD.dtype.element_ty)
+            values = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
+            if CODED:
+                values /= factor
+            sent = _rounded(values, PAYLOAD.dtype.element_ty, LARGEST)
             tl.store(wire, sent, mask=inside)
     row = (first + rows).to(tl.uint64) | (head_at.to(tl.uint64) << _HEAD_AT)
     row |= (kv.to(tl.uint64) << _KV_AT) | (layer_at.to(tl.uint64) << _LAYER_AT)
@@ -119,7 +132,7 @@ class TritonPages:
                 "POOL": pointer(shape.dtype),
                 "PAYLOAD": pointer(shape.payload),
                 "TABLE": pointer(torch.int32),
-                "FACTORS": pointer(torch.float32 if shape.codes else torch.int64),
+                "FACTORS": pointer(torch.float32 if shape.coded else torch.int64),
                 "DIGEST": pointer(torch.int64),
                 "layer_begin": "i32",
                 "head_begin": "i32",
@@ -141,7 +154,9 @@ class TritonPages:
                 "ROWS": self._rows,
                 "BITS": 8 * shape.payload.itemsize,
                 "SCATTER": shape.scatter,
-                "CODE_MAX": fp8_max(shape.codes) if shape.codes else 0.0,
+                "CONVERT": shape.converts,
+                "CODED": shape.coded,
+                "LARGEST": shape.largest,
             },
             config=config,
             capabilities=capabilities,
@@ -173,7 +188,7 @@ class TritonPages:
         if len(pages) < touched:
             raise InputError(f"pages has {len(pages)} entries, positions [{begin}, {end}) lie in {touched}")
         check(digest, "digest", (1,), torch.int64)
-        if shape.codes:
+        if shape.coded:
             assert factors is not None, "8-bit codes mean nothing without factors"
             check(factors, "factors", (pool.shape[1], shape.kv, pool.shape[3]), torch.float32)
         digest.zero_()
@@ -207,8 +222,8 @@ def _lanes(shape: PagesShape) -> int:
 
 
 def tile_rows(shape: PagesShape, block_bytes: int) -> int:
-    """Tokens of a tile: a power of two that divides a page, and no more than `block_bytes` of the pool."""
-    fit = max(1, block_bytes // (_lanes(shape) * shape.dtype.itemsize))
+    """Tokens of a tile: a power of two that divides a page, and no more than `block_bytes` on the wider side."""
+    fit = max(1, block_bytes // (_lanes(shape) * max(shape.dtype.itemsize, shape.payload.itemsize)))
     return min(shape.page_tokens & -shape.page_tokens, 1 << (fit.bit_length() - 1))
 
 
@@ -225,8 +240,10 @@ def refuses(capabilities: Capabilities, shape: PagesShape) -> str:
         return f"{shape.kv} tensors per head have no place in the digest; keys and values do"
     if shape.dim > MAX_DIM:
         return f"rows of {shape.dim} elements do not fit in one program; {MAX_DIM} do"
-    if shape.codes and shape.codes is not capabilities.fp8:
-        return f"{capabilities.name} has no 8-bit floats of the kind {shape.codes}"
-    if shape.codes and not shape.dtype.is_floating_point:
-        return f"8-bit codes are made of floats, not of {shape.dtype}"
+    if shape.coded and shape.payload is not capabilities.fp8:
+        return f"{capabilities.name} has no 8-bit floats of the kind {shape.payload}"
+    if shape.converts and not (shape.coded or shape.payload in FLOATS):
+        return f"{shape.payload} is not converted; {', '.join(map(str, FLOATS))} are"
+    if shape.converts and shape.dtype not in FLOATS:
+        return f"{shape.payload} is made of floats, not of {shape.dtype}"
     return ""

@@ -19,13 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from baton_kernels.quant import fp8_max
+from baton_kernels.quant import FP8_DTYPES
 from baton_kernels.rt.check import wide
-from baton_kernels.rt.program import Program
+from baton_kernels.rt.program import TYPE_NAMES, Program
 
 WORD_BYTES = 4
 TOKEN_BITS, HEAD_BITS, KV_BITS, LAYER_BITS = 31, 12, 1, 12  # of a row's position, from the lowest bit
 WORD_DOMAIN = 1 << 63  # keys of words are not keys of rows
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Any of them into any other, and into 8-bit floats."""
+SATURATING = (*FP8_DTYPES, torch.float16)
+"""What is too large for these becomes their largest; bfloat16 has infinities where float32 rounds to them."""
 
 Range = tuple[int, int]
 U64 = npt.NDArray[np.uint64]
@@ -33,24 +37,38 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagesShape:
-    """One pool and one direction. Without `codes` bytes are copied as they are, so any view of a row's bytes will do
-    for `dtype`; 32-bit integers are fastest."""
+    """One pool and one direction. With equal dtypes bytes are copied as they are, so any view of a row's bytes will do;
+    32-bit integers are fastest. Otherwise values are rounded to nearest even."""
 
     strides: tuple[int, int, int, int, int]  # elements from page to page, layer, kv, head, token; dim is contiguous
     kv: int
     page_tokens: int
     dim: int
     dtype: torch.dtype
-    codes: torch.dtype | None = None  # 8-bit floats of the payload; None: it has the pool's dtype
+    payload: torch.dtype  # the pool's, or other floats; 8-bit floats have factors
     scatter: bool = False  # payload to pool; else pool to payload
 
     @property
     def label(self) -> str:
-        return f"{'scatter' if self.scatter else 'gather'}-p{self.page_tokens}-d{self.dim}" + "-fp8" * bool(self.codes)
+        way = f"{'scatter' if self.scatter else 'gather'}-p{self.page_tokens}-d{self.dim}"
+        if self.coded:
+            return f"{way}-fp8"
+        return f"{way}-{TYPE_NAMES[self.dtype]}-{TYPE_NAMES[self.payload]}" if self.converts else way
 
     @property
-    def payload(self) -> torch.dtype:
-        return self.codes or self.dtype
+    def converts(self) -> bool:
+        return self.payload is not self.dtype
+
+    @property
+    def coded(self) -> bool:
+        """Whether the payload has 8-bit floats, with factors."""
+        return self.converts and self.payload in FP8_DTYPES
+
+    @property
+    def largest(self) -> float:
+        """Magnitude beyond which a value becomes it; 0: there is none."""
+        target = self.dtype if self.scatter else self.payload
+        return torch.finfo(target).max if self.converts and target in SATURATING else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +150,7 @@ class TorchPages:
 
         pages int32[n]: the pages of the part's positions in order; pages[0] holds its first one. digest int64[1]: of
         the payload's bytes, as two's complement. factors float32[layer, kv, head] of the pool: with 8-bit codes,
-        value = code * factor; a value beyond the largest code becomes that.
+        value = code * factor.
         Positions of the pool outside the part are neither read nor written.
         """
         layers, heads = slice(*part.layers), slice(*part.heads)
@@ -141,19 +159,27 @@ class TorchPages:
         for index, inside, run in _page_runs(part.tokens, self._shape.page_tokens):
             cells, wire = pool[table[index], layers, :, heads, inside], payload[:, :, :, run]
             if self._shape.scatter:
-                cells.copy_(wire if scale is None else wire.to(wide(pool.dtype)) * scale)
+                cells.copy_(wire if not self._shape.converts else self._decoded(wire, scale))
             else:
-                wire.copy_(cells if scale is None else _codes(cells, scale, payload.dtype))
-        found = payload_digest(payload.view(_NUMPY_WORD[payload.element_size()]).cpu().numpy(), part)
+                wire.copy_(cells if not self._shape.converts else self._encoded(cells, scale))
+        sent = payload.to(self._shape.payload)
+        found = payload_digest(sent.view(_NUMPY_WORD[sent.element_size()]).cpu().numpy(), part)
         digest.fill_(found - (found >> 63 << 64))
+
+    def _encoded(self, cells: Tensor, scale: Tensor | None) -> Tensor:
+        values = cells.to(wide(cells.dtype))
+        return self._saturated(values if scale is None else values / scale).to(self._shape.payload)
+
+    def _decoded(self, wire: Tensor, scale: Tensor | None) -> Tensor:
+        values = wire.to(wide(self._shape.dtype))
+        return self._saturated(values if scale is None else values * scale)
+
+    def _saturated(self, values: Tensor) -> Tensor:
+        largest = self._shape.largest
+        return values.clamp(-largest, largest) if largest else values
 
 
 _NUMPY_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def _codes(cells: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = fp8_max(dtype)
-    return (cells.to(wide(cells.dtype)) / scale).clamp_(-largest, largest).to(dtype)
 
 
 def _page_runs(tokens: Range, page_tokens: int) -> Iterator[tuple[int, slice, slice]]:
