@@ -58,6 +58,11 @@ async def status(process: WorkerProcess) -> worker_pb2.StatusReply:
         return await worker_pb2_grpc.AdminStub(channel).Status(worker_pb2.StatusRequest())
 
 
+async def arrived_bytes(process: WorkerProcess) -> int:
+    """Of KV, over the links that are up."""
+    return sum(peer.bytes for peer in (await status(process)).peers if peer.state == "up")
+
+
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10.0) -> None:
     async with asyncio.timeout(within_s):
         while not await condition():
@@ -70,6 +75,18 @@ async def no_page_is_held(process: WorkerProcess) -> None:
         return pages.free + pages.cached == pages.total
 
     await until(all_back)
+
+
+async def outputs(started: Answer, reserved: Answer) -> list[int]:
+    """All tokens of a handoff, of what P and D answer."""
+    first = await started.first()
+    return [first.token_id, *await reserved.end()]
+
+
+async def alone(process: WorkerProcess, prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+    """What a colocated worker answers."""
+    async with RouterClient(process.address) as router:
+        return await (await router.submit(Mode.LOCAL, prompt, sampling=sampling)).end()
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

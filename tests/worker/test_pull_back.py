@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from support.checkpoints import tiny_checkpoint
 from support.kv_wires import over
-from support.pd import VOCAB, Pair, no_page_is_held, status, until
+from support.pd import VOCAB, Pair, alone, no_page_is_held, outputs, status, until
 from support.processes import Service, WorkerProcess, spawn_service
-from support.router_client import Answer, RouterClient
+from support.router_client import RouterClient
 
 from baton_common.errors import ErrorKind
 from baton_engine.request import Mode, SamplingParams
@@ -81,16 +81,6 @@ def decoded_pages(prompt: Sequence[int]) -> int:
     return (len(prompt) - 40 - 1) // PAGE_TOKENS * PAGE_TOKENS
 
 
-async def outputs(started: Answer, reserved: Answer) -> list[int]:
-    first = await started.first()
-    return [first.token_id, *await reserved.end()]
-
-
-async def alone(process: WorkerProcess, prompt: Sequence[int]) -> list[int]:
-    async with RouterClient(process.address) as router:
-        return await (await router.submit(Mode.LOCAL, prompt, sampling=GREEDY)).end()
-
-
 async def pulled(service: Service, colocated: WorkerProcess, seed: int) -> None:
     """Conversations until the pages of one came back in time; the tokens of all of them are right."""
     rng = random.Random(seed)
@@ -99,7 +89,7 @@ async def pulled(service: Service, colocated: WorkerProcess, seed: int) -> None:
             prompt = await both.talk(rng)
             started, reserved = await both.next.begin(prompt, GREEDY)
             tokens = await outputs(started, reserved)
-            assert tokens == await alone(colocated, prompt)
+            assert tokens == await alone(colocated, prompt, GREEDY)
             assert (await reserved.ticket).first_missing_token == decoded_pages(prompt)
             if started.tokens[0].cached_tokens == decoded_pages(prompt):
                 return
@@ -127,7 +117,7 @@ async def test_of_a_prompt_it_computed_itself_prefill_pulls_only_the_answer(
             answer = [token.token_id for token in await both.first.ask(prompt, long)]
             turn = [*prompt, *answer, *(rng.randrange(VOCAB) for _ in range(40))]
             started, reserved = await both.first.begin(turn, GREEDY)
-            assert await outputs(started, reserved) == await alone(colocated, turn)
+            assert await outputs(started, reserved) == await alone(colocated, turn, GREEDY)
             if started.tokens[0].cached_tokens == decoded_pages(turn):
                 break
         else:
@@ -148,7 +138,7 @@ async def test_a_pull_for_other_tokens_is_refused_and_the_prompt_is_computed(
         started = await both.next.prefill.submit(
             Mode.PREFILL, prompt, sampling=GREEDY, ticket=await reserved.ticket, raw={"cache_salt": "another"}
         )
-        assert await outputs(started, reserved) == await alone(colocated, prompt)
+        assert await outputs(started, reserved) == await alone(colocated, prompt, GREEDY)
         assert started.tokens[0].cached_tokens == 0
     assert any(
         record["message"] == "pull refused" and "page_hash" in record["why"] for record in service.decode[0].records()
@@ -170,11 +160,11 @@ async def test_a_decode_worker_that_stops_before_it_answers_is_not_waited_for(
             first = await started.first()  # computed: the pull was given up
         finally:
             service.decode[0].resume()
-        assert [first.token_id] == (await alone(colocated, prompt))[:1]
+        assert [first.token_id] == (await alone(colocated, prompt, GREEDY))[:1]
         assert first.cached_tokens == 0
         await reserved.over
         if reserved.error is None:  # else the silence ended the link before the handoff came through
-            assert [first.token_id, *reserved.token_ids] == await alone(colocated, prompt)
+            assert [first.token_id, *reserved.token_ids] == await alone(colocated, prompt, GREEDY)
         else:
             assert reserved.error.kind is ErrorKind.TRANSFER
     for process in service.workers:
@@ -196,7 +186,7 @@ async def test_workers_in_both_directions_can_be_killed_and_come_back(
         await started.over
         assert started.error is not None
         assert started.error.kind is ErrorKind.TRANSFER
-        assert started.token_ids == (await alone(colocated, prompt))[: len(started.token_ids)]
+        assert started.token_ids == (await alone(colocated, prompt, GREEDY))[: len(started.token_ids)]
     await no_page_is_held(puller)
     decode.start().wait_ready()
     await pulled(service, colocated, seed=6)
@@ -212,8 +202,11 @@ async def test_workers_in_both_directions_can_be_killed_and_come_back(
     await until(quiet)
     for process in (decode, puller):
         process.terminate()
+    for process in (decode, puller):
         assert process.wait(60) == 0, process.log()
-        process.start().wait_ready()
+        process.start()
+    for process in (decode, puller):
+        process.wait_ready()
 
 
 @pytest.mark.parametrize(("prefill", "decode", "wire"), [(16, 64, "shm"), (64, 16, "tcp")])
@@ -236,7 +229,7 @@ async def test_pages_of_another_size_come_back(
                 turn += await (await second.submit(Mode.LOCAL, turn, sampling=GREEDY)).end()
                 turn += [rng.randrange(VOCAB) for _ in range(40)]
                 started, reserved = await pair.begin(turn, GREEDY)
-                assert await outputs(started, reserved) == await alone(colocated, turn)
+                assert await outputs(started, reserved) == await alone(colocated, turn, GREEDY)
                 has = (len(turn) - 40 - 1) // decode * decode
                 assert (await reserved.ticket).first_missing_token == has
                 came = started.tokens[0].cached_tokens or 0
