@@ -51,6 +51,24 @@ def test_what_two_owners_computed_at_once_is_kept_once() -> None:
     cache.check([])
 
 
+def test_pages_that_others_computed_meanwhile_take_the_place_of_empty_ones() -> None:
+    cache = KvCache(12)
+    late = lease(cache, "late", hashes(5), 5)
+    first = fill(cache, "first", hashes(4))
+    cache.commit(late, hashes(1))
+    own, theirs = list(late.pages), list(first.pages)
+    cache.adopt(late, cache.match(hashes(5)))
+    assert late.pages == [own[0], *theirs[1:], own[4]]
+    assert cache.counts().free == 12 - 6, "late's first and last, and four of first"
+    cache.check([first, late])
+    cache.release(first, [])
+    cache.commit(late, hashes(5))
+    assert cache.match(hashes(5)).pages == [*theirs, own[4]]
+    cache.release(late, [])
+    assert (cache.counts().cached, cache.counts().free) == (5, 7)
+    cache.check([])
+
+
 def test_cached_pages_are_evicted_only_when_free_ones_run_out() -> None:
     cache = KvCache(4)
     cache.release(fill(cache, "a", hashes(2)), [])

@@ -125,6 +125,30 @@ def test_two_that_are_filled_with_the_same_pages_keep_them_once() -> None:
     assert pages.cached == 6, "19 tokens and 5 outputs whose KV was written: both are the same"
 
 
+@pytest.mark.parametrize("pages", [0, 1])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_what_others_computed_meanwhile_is_not_computed_again(mode: Mode, pages: int) -> None:
+    world = World(make_config(), reads=True)
+    request = filling(19, mode=mode)
+    world.submit(request)
+    world.plan()
+    before = world.scheduler.load().pages.free
+    world.submit(make_request("other", ids(5, 13), max_tokens=1))
+    world.settle()
+    world.fill(R, pages)
+    free = world.scheduler.load().pages.free
+    assert free == before - pages, "it has three of the other's pages; of its own all that came, and what lies behind"
+    if mode is Mode.RESERVE:
+        assert world.handoffs[R].first_missing == 12
+    else:
+        (work,) = planned(world).work
+        assert (work.start, work.count) == (12, 7)
+    world.bring_home()
+    world.check_end()
+    assert (request.cached_tokens, request.filled_tokens) == (12, pages * PAGE)
+    assert world.readers.told.count(request.hashes[2]) == 2, "the second time as a hit"
+
+
 def test_pages_of_a_prefill_are_announced_after_they_were_filled() -> None:
     world = World(make_config())
     world.submit(filling(19, mode=Mode.PREFILL))

@@ -103,6 +103,23 @@ class KvCache:
         lease.path.extend(fresh)
         return kept
 
+    def adopt(self, lease: Lease, match: Match) -> None:
+        """`match` goes on where the lease's committed pages end, and nobody touches the pages behind them any more: the
+        tree's take their place.
+
+        table index             before                      after
+        [0, committed)          in the tree, pinned         the same
+        [committed, matched)    leased by owner             the tree's, leased by owner too; path pinned; ours are free
+        [matched, n)            leased by owner             the same
+        """
+        done, end = len(lease.path), len(match.hashes)
+        ours, theirs = lease.pages[done:end], match.pages[done:]
+        self._tree.pin(match.hashes[done:])
+        self._ledger.share(theirs, lease.owner)
+        self._ledger.release(ours, lease.owner)
+        lease.pages[done:end] = theirs
+        lease.path.extend(match.hashes[done:])
+
     def guard(self, pages: Sequence[PageId], fence: Fence) -> None:
         """Somebody reads these pages, leased or cached, until `fence` is done: they are not given to anybody else."""
         self._ledger.guard(pages, fence)

@@ -70,6 +70,7 @@ class Filling:
         if not request.preemptions:
             request.cached_tokens = tokens
         self._sharing.commit(entry)
+        self._sharing.look_again(entry)  # filling took its time
         if request.mode is Mode.RESERVE and entry.remaining >= request.local_below_tokens:
             self.reserve(entry, now_s)
             return

@@ -42,6 +42,21 @@ class Sharing:
             known = len(entry.lease.path)
             self._note(hashes[known:], self._cache.commit(entry.lease, hashes))
 
+    def look_again(self, entry: Entry) -> None:
+        """What others computed since the admission is taken from the tree. Before the entry has a row, and while nobody
+        else knows its pages."""
+        request, lease = entry.request, entry.lease
+        assert lease is not None, "admitted"
+        match = self._cache.match(entry.hash_pages(len(request.tokens) - 1, self._page_tokens))
+        known = len(lease.path)
+        if len(match.pages) <= known:
+            return
+        self._cache.adopt(lease, match)
+        entry.planned = entry.written = len(match.pages) * self._page_tokens
+        if not request.preemptions:
+            request.cached_tokens = entry.planned
+            self._note(match.hashes[known:], match.pages[known:])
+
     def tell(self, outbox: list[Outcome]) -> None:
         """One outcome for everything since the last call, before any page can change hands."""
         if self._hashes:
