@@ -8,8 +8,8 @@ from state a; "expected" decode waits for one from now on. Points of a pull, whe
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,8 +81,8 @@ class Trap:
         if point not in points:
             return
         self._set.rename(self._sprung)
-        if action in SIGNALS:
-            os.kill(os.getpid(), SIGNALS[action])
+        if action in SIGNALS:  # to this thread: one to the process lets it run on until another thread was woken
+            signal.pthread_kill(threading.get_ident(), SIGNALS[action])
         while action == "hold" and self._sprung.exists():
             time.sleep(0.005)
 
