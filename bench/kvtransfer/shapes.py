@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from baton_common.ids import PageId
+from baton_common.memory import large_pages
 from baton_kvtransfer import AxisOrder, PageLayout, TransferConfig
 
 BY_LAYER = AxisOrder.LAYER_PAGE_KV_HEAD_TOKEN_DIM
@@ -38,9 +39,9 @@ class Shape:
         return self.pages * self.layout.page_tokens
 
     def pool(self, *, seed: int) -> torch.Tensor:
-        """Every page of it, of random bytes; zeros for seed 0."""
+        """Every page of it, touched, in memory as workers have it; of random bytes, zeros for seed 0."""
         layout = self.layout
-        words = torch.zeros(self.bytes // 2, dtype=torch.int16)
+        words = torch.frombuffer(large_pages(self.bytes), dtype=torch.int16).zero_()
         if seed:
             words.random_(-(2**15), 2**15 - 1, generator=torch.Generator().manual_seed(seed))
         return words.view(torch.bfloat16).as_strided(layout.shape(self.pages), layout.strides(self.pages))

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 MESSAGES_AT_ONCE = 64
 """Read between two looks at the clock and at commands."""
+WORK_AT_ONCE = 4
+"""Pieces of work between two looks at the channel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +184,11 @@ class Link(ABC):
                 if self._counters is not None:
                     self._counters.tick(now_s)
                 self._tick_s = now_s + (timers.tick_s if self._in_flight() else timers.alive_s)
-            busy = self._work(channel)
-            self._flush(channel)
+            for _ in range(WORK_AT_ONCE):
+                busy = self._work(channel)
+                self._flush(channel)
+                if not busy:
+                    break
 
     def _read(self, channel: Channel) -> bool:
         """What the channel has; True when there may be more."""

@@ -153,8 +153,11 @@ class OutLink(Link):
 
     def _work(self, channel: Channel) -> bool:
         assert self._reach is not None, "set by the handshake"
-        for index in self._reach.settled(channel):
-            self._pushed(self._flying.pop(index))
+        settled = self._reach.settled(channel)
+        if settled:
+            for index in settled:
+                self._pushed(self._flying.pop(index))
+            return True  # their headers leave before the next gather begins
         push = self._sender.next_push()
         if push is None:
             return False
@@ -166,23 +169,23 @@ class OutLink(Link):
         assert self._reach is not None, "set by the handshake"
         assert self._counters is not None, "set by the handshake"
         transfer = self._transfers[push.order.transfer_id]
-        window = self._reach.window(push.chunk.slot, push.chunk.bytes)
+        chunk = push.chunk
+        window = self._reach.window(chunk.slot, chunk.bytes)
         if not transfer.gate.enter():
             self._sender.unpushed(push)
             return
         try:
-            seal = seal_of(push.chunk, self._digest)
-            push.chunk.digest = self._blocks.gather(push.block, push.order.pages, window, seal)
+            chunk.digest = self._blocks.gather(push.block, push.order.pages, window, seal_of(chunk, self._digest))
         finally:
             transfer.gate.leave()
         clock = self._local.clock
         begin_s = clock.now()
-        sent = self._reach.push(channel, PeerMessage(chunk=push.chunk), window)
+        sent = self._reach.push(channel, push.message, window)
         self._counters.posted(clock.now() - begin_s)
         if sent:
             self._pushed(push)
         else:
-            self._flying[push.chunk.slot.index] = push
+            self._flying[chunk.slot.index] = push
 
     def _pushed(self, push: Push) -> None:
         self._sender.pushed(push, self._local.clock.now())

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton_kvtransfer.layout import DTYPE_BYTES, SCALE_BYTES, SCALED, PageLayout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class Block(NamedTuple):
+    """A tuple, because several are made for each chunk."""
+
     layer_begin: int
     layer_end: int
     head_begin: int
@@ -58,7 +60,7 @@ class Block:
         """The same cells where the transfer's heads begin at head `heads` of a pool."""
         if heads == 0:
             return self
-        return replace(self, head_begin=self.head_begin + heads, head_end=self.head_end + heads)
+        return self._replace(head_begin=self.head_begin + heads, head_end=self.head_end + heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +155,10 @@ class Pending:
             same_tokens = (last.token_begin, last.token_end) == (block.token_begin, block.token_end)
             same_layers = (last.layer_begin, last.layer_end) == (block.layer_begin, block.layer_end)
             if same_tokens and last.layer_end == block.layer_begin:
-                self._ranges[-1] = replace(last, layer_end=block.layer_end)
+                self._ranges[-1] = last._replace(layer_end=block.layer_end)
                 return
             if same_layers and last.token_end == block.token_begin:
-                self._ranges[-1] = replace(last, token_end=block.token_end)
+                self._ranges[-1] = last._replace(token_end=block.token_end)
                 return
         self._ranges.append(block)
 
@@ -169,23 +171,22 @@ class Pending:
         tokens_fit = self._slot_bytes // row_bytes
         if tokens_fit >= whole.tokens:
             layers = min(whole.layers, tokens_fit // whole.tokens)
-            block = whole if layers == whole.layers else replace(whole, layer_end=whole.layer_begin + layers)
+            block = whole if layers == whole.layers else whole._replace(layer_end=whole.layer_begin + layers)
             may_grow = len(self._ranges) == 1 and block is whole and not self.complete
             if may_grow and 2 * block.bytes(self._layout) <= self._slot_bytes:
                 return None
         else:
             token_end = whole.token_begin + tokens_fit
             border = token_end - token_end % self._layout.page_tokens
-            block = replace(
-                whole,
+            block = whole._replace(
                 layer_end=whole.layer_begin + 1,
                 token_end=border if border > whole.token_begin else token_end,
             )
         self._ranges.popleft()
         if block.layer_end < whole.layer_end:
-            self._ranges.appendleft(replace(whole, layer_begin=block.layer_end))
+            self._ranges.appendleft(whole._replace(layer_begin=block.layer_end))
         if block.token_end < whole.token_end:
-            self._ranges.appendleft(replace(whole, layer_end=block.layer_end, token_begin=block.token_end))
+            self._ranges.appendleft(whole._replace(layer_end=block.layer_end, token_begin=block.token_end))
         return block
 
 

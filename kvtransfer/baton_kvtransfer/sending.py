@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from baton_common.errors import BatonError, ErrorKind
 from baton_common.ids import TransferId
@@ -29,13 +30,16 @@ FAIR_TURN = 4
 """With n transfers that have something to send, none waits for more than FAIR_TURN * n chunks of others."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Push:
-    """Gather `block` into the slot, digest, send `chunk`; then `pushed`, or `unpushed` when the gate was closed."""
+class Push(NamedTuple):
+    """Gather `block` into the slot, digest, send `message`; then `pushed`, or `unpushed` when the gate was closed."""
 
     order: Outbound
     block: Block  # its heads as in the pool
-    chunk: Chunk  # without its digest
+    message: PeerMessage  # the chunk, without its digest
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.message.chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,21 +179,17 @@ class Sender:
             transfer.bytes += block.bytes(self._layout)
         slot = self._credits.take()
         assert slot is not None, "next_push looked"
-        self._flying[slot.index] = transfer.order.transfer_id
+        order = transfer.order
+        self._flying[slot.index] = order.transfer_id
         chunk = Chunk(
-            transfer_id=transfer.order.transfer_id,
+            transfer_id=order.transfer_id,
             sequence=sequence,
-            layer_begin=block.layer_begin,
-            layer_end=block.layer_end,
-            head_begin=block.head_begin,
-            head_end=block.head_end,
-            token_begin=block.token_begin,
-            token_end=block.token_end,
             slot=slot,
             bytes=block.bytes(self._layout),
+            **block._asdict(),
         )
-        first_head = transfer.order.heads[0] if transfer.order.heads else 0
-        return Push(order=transfer.order, block=block.moved(first_head), chunk=chunk)
+        first_head = order.heads[0] if order.heads else 0
+        return Push(order, block.moved(first_head), PeerMessage(chunk=chunk))
 
     def pushed(self, push: Push, now_s: float) -> None:
         """The chunk and its header are out. Several may be under way at once, and end in any order."""

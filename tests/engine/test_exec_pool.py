@@ -58,7 +58,7 @@ def test_a_broken_device_is_not_taken_for_a_full_one(device, monkeypatch):
     def broken(*_, **__):
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch, "zeros", broken)
+    monkeypatch.setattr(torch, "frombuffer", broken)
     with pytest.raises(torch.AcceleratorError):
         KvPool(layout(), 2, device)
 

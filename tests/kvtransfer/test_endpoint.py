@@ -199,7 +199,8 @@ def test_the_fence_of_a_running_scatter_waits_for_it(world: World, monkeypatch: 
 
 
 def test_the_deadline_of_the_sender_ends_both_sides(world: World) -> None:
-    run = world.start(0, 60, deadline_s=0.3)
+    assert isinstance(world.send(0, 20).sent.wait(), Receipt)  # so that the link is up before the deadline
+    run = world.start(0, 60, deadline_s=1.0)
     run.handle.ready(0, 4, 0, 30)
     ours, theirs = run.sent.wait(), run.received.wait()
     assert isinstance(ours, DeadlineExceeded | Aborted)

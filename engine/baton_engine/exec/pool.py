@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baton_common.errors import ConfigError
 from baton_common.ids import PageId
+from baton_common.memory import large_pages
 from baton_engine.exec.device import Device
 from baton_kvtransfer.layout import PageLayout
 
@@ -37,10 +38,10 @@ class KvPool:
             raise ConfigError(f"a KV pool needs at least one page, got {pages}")
         shape = layout.shape(pages + 1)
         try:
-            storage = device.run(lambda: torch.zeros(prod(shape), dtype=dtype, device=device.torch_device))
+            storage = device.run(lambda: _zeros(prod(shape), dtype, device.torch_device))
         except torch.AcceleratorError:
             raise  # a broken device, whatever was asked of it
-        except RuntimeError:
+        except (RuntimeError, OSError, OverflowError):
             wanted = (pages + 1) * layout.page_bytes / 2**30
             free = device.available_bytes() / 2**30
             raise ConfigError(
@@ -58,3 +59,9 @@ class KvPool:
     def layer(self, index: int) -> Tensor:
         """View [pages + 1, kv, head, token, dim] of one layer; made once, so it costs nothing in a step."""
         return self._layers[index]
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    return torch.frombuffer(large_pages(count * dtype.itemsize), dtype=dtype)

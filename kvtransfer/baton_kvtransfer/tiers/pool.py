@@ -10,11 +10,9 @@ copy. Does not know what frames hold, except for their size.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -22,6 +20,7 @@ import torch
 
 from baton_common.clock import Clock
 from baton_common.ids import PageHash
+from baton_common.memory import large_pages
 from baton_kvtransfer.tiers.metrics import TierMetrics
 from baton_kvtransfer.tiers.pins import Pins, SessionId
 
@@ -220,7 +219,4 @@ def _memory(size: int) -> memoryview:
     """Which lives as long as any part of it is in use."""
     if torch.cuda.is_available():
         return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)  # the first write to each small one would cost more than its copy
-    return memoryview(memory)
+    return memoryview(large_pages(size))  # the first write to each small one would cost more than its copy

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+from baton_common.memory import large_pages
 from baton_kvtransfer.errors import WireError
 from baton_kvtransfer.wires.oneside.engine import Region
 
@@ -18,7 +19,7 @@ class SlotMemory:
     def __init__(self, size: int) -> None:
         """Raises WireError when the system has none."""
         try:
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = large_pages(size)
         except OSError as error:
             raise WireError(f"no memory for {size} bytes of slots: {error.strerror}") from error
         self.region = Region(address=ctypes.addressof(ctypes.c_char.from_buffer(self._map)), bytes=size)
