@@ -10,7 +10,8 @@ def test_available_memory_is_the_least_of_machine_and_container(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
     assert available_bytes(meminfo=meminfo, cgroup=tmp_path) == 1000 * 1024
-    (tmp_path / "memory.current").write_text("100000\n")
+    (tmp_path / "memory.current").write_text("150000\n")
+    (tmp_path / "memory.stat").write_text("anon 90000\nactive_file 10000\ninactive_file 50000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(meminfo=meminfo, cgroup=tmp_path) == 1000 * 1024
     (tmp_path / "memory.max").write_text("500000\n")

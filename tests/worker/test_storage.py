@@ -272,6 +272,9 @@ def test_the_status_says_which_tier_is_off_and_why() -> None:
 COMPAT = Compat(model_digest="m", compute_dtype="bfloat16", kv_dtype="bfloat16", rope="r", tp_size=1)
 
 
+FREE_BYTES = 1 << 30
+
+
 def opened(text: str, *, compat: Compat = COMPAT, host: str = "127.0.0.1") -> Storage | None:
     pool = torch.zeros(LAYOUT.shape(POOL_PAGES), dtype=torch.bfloat16)
     return open_storage(
@@ -281,6 +284,7 @@ def opened(text: str, *, compat: Compat = COMPAT, host: str = "127.0.0.1") -> St
         pool_pages=POOL_PAGES,
         blocks=HostBlocks(pool, LAYOUT),
         host=host,
+        free_bytes=FREE_BYTES,
         clock=SystemClock(),
         registry=CollectorRegistry(),
     )
@@ -311,6 +315,8 @@ def test_pages_of_a_worker_that_computes_otherwise_are_not_found(compat: Compat,
     [
         ("host=4KiB", "host=4096 does not hold 4 pages of 2112 bytes; write host=8448 or more"),
         ("host=1MiB,file={folder}/file/kv:1MiB", "it cannot be used"),
+        ("host=2GiB", "1024 MiB of memory are left for host=2048MiB .*; write host=1024MiB or less"),
+        ("host=1000MiB,mooncake=127.0.0.1:1:256MiB", "the 256 MiB that mooncake lends; write host=768MiB or less"),
     ],
 )
 def test_what_cannot_work_here_is_refused_with_the_remedy(text: str, says: str, tmp_path: Path) -> None:

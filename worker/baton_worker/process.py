@@ -28,6 +28,7 @@ from baton_common.settings import parse_command_line
 from baton_common.telemetry import OFF, open_tracing
 from baton_engine.config import EngineConfig
 from baton_engine.engine import Engine
+from baton_engine.exec.cpu import available_bytes
 from baton_engine.exec.device import Device, open_device
 from baton_engine.models.kernels import parse_force
 from baton_engine.models.loader import LoadedModel, load_model
@@ -273,6 +274,7 @@ class _Process:
 
     def _open_storage(self, engine: Engine, blocks: Blocks | None, compat: common_pb2.Compat) -> Storage | None:
         transfer, pool = self._settings.transfer, engine.pool
+        taken = 0 if blocks else pool.tensor.untyped_storage().nbytes()  # host memory counts once it is written
         return open_storage(
             parse_tiers(self._settings.worker.tiers),
             compat=compat,
@@ -280,6 +282,7 @@ class _Process:
             pool_pages=len(pool.tensor),
             blocks=blocks or HostBlocks(pool.tensor, pool.layout),
             host=transfer.advertise or split_address(transfer.listen, "peer-listen")[0],
+            free_bytes=available_bytes() - taken,
             clock=self._clock,
             registry=self._registry,
         )

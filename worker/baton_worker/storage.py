@@ -160,17 +160,26 @@ def open_storage(
     pool_pages: int,
     blocks: Blocks,
     host: str,
+    free_bytes: int,
     clock: Clock,
     registry: CollectorRegistry,
 ) -> Storage | None:
     """What `--tiers` asks for; None = nothing. `blocks`: of the engine's pool. `host`: where other machines reach this.
+    `free_bytes`: host memory that nothing else will take.
 
-    Raises ConfigError when the host memory is too small, the folder cannot be used or `host` is no address, WireError
-    when a library is missing.
+    Raises ConfigError when the host memory is too small or more than there is, the folder cannot be used or `host` is
+    no address, WireError when a library is missing.
     """
     # besides tokens and format, KV depends on how it was computed
     made_by = (compat.model_digest, str(compat.weights_epoch), compat.compute_dtype, compat.rope)
     namespace = Namespace(model_digest="\x00".join(made_by), layout=layout, ranks=compat.tp_size)
+    if config.host_bytes + config.mooncake_segment_bytes > free_bytes:
+        most = max(0, free_bytes - config.mooncake_segment_bytes) >> 20
+        raise ConfigError(
+            f"--tiers: {free_bytes >> 20} MiB of memory are left for host={config.host_bytes >> 20}MiB and "
+            f"the {config.mooncake_segment_bytes >> 20} MiB that mooncake lends; write host={most}MiB or less",
+            param="tiers",
+        )
     if config.folder:
         check_folder(config.folder)
     if config.mooncake_master and host in _ANYWHERE:
