@@ -159,15 +159,15 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(world: W
     async with connected(world.service) as pair:
         turn = await world.caught(pair, lender, "hold", f"pushed {MIDDLE}")
         await pair.prefill.abort(turn.started)
-        await pair.decode.abort(turn.reserved)
         assert await kind(turn.started) is ErrorKind.ABORTED
+        assert turn.started.tokens == []
+        await no_page_is_held(world.prefill)  # without waiting for the rest of the pull
+        await others_are_served(world, pair)
+        lender.let_go()  # the reservation is still there, and decode would send the rest
+        await others_are_served(world, pair)
+        await pair.decode.abort(turn.reserved)
         assert await kind(turn.reserved) is ErrorKind.ABORTED
-        assert turn.started.tokens == turn.reserved.tokens == []
-        for process in world.service.workers:  # without waiting for the rest of the pull
-            await no_page_is_held(process)
-        await others_are_served(world, pair)
-        lender.let_go()
-        await others_are_served(world, pair)
+        assert turn.reserved.tokens == []
     assert world.pulled() == before
     await world.pulls()
 
