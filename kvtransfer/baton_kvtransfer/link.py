@@ -173,10 +173,12 @@ class Link(ABC):
                     self._waker.clear()
                 else:
                     unread = True
-            self._run_commands()
+            ran = self._run_commands()
             if unread:
                 unread = self._read(channel)
             now_s = clock.now()
+            if ran or self._in_flight():  # a deadline may have come nearer
+                self._tick_s = min(self._tick_s, now_s + timers.tick_s)
             if now_s - self._heard_s >= timers.lease_s:
                 raise PeerGone(f"silent for {now_s - self._heard_s:.1f} s", phase="alive")
             if now_s >= self._tick_s:
@@ -187,7 +189,7 @@ class Link(ABC):
             for _ in range(WORK_AT_ONCE):
                 busy = self._work(channel)
                 self._flush(channel)
-                if not busy:
+                if not busy or clock.now() >= self._tick_s:
                     break
 
     def _read(self, channel: Channel) -> bool:
@@ -204,13 +206,12 @@ class Link(ABC):
         poll.register(self._waker.fileno(), select.POLLIN)
         return poll
 
-    def _run_commands(self) -> None:
-        ran = False
+    def _run_commands(self) -> bool:
+        """True when there was one."""
+        ran = bool(self._commands)
         while self._commands:
             self._commands.popleft()()
-            ran = True
-        if ran:
-            self._tick_s = min(self._tick_s, self._local.clock.now() + self._local.timers.tick_s)
+        return ran
 
     def _await(self, channel: Channel, deadline_s: float) -> PeerMessage:
         """One message of the handshake."""
