@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from baton_common.clock import SystemClock
 from baton_common.ids import PageHash, PageId
 from baton_engine.config import EngineConfig
+from baton_engine.exec.cpu import available_bytes
 from baton_engine.exec.device import Fence, open_device
 from baton_engine.request import Request
 from baton_engine.role import TokenOut
@@ -80,8 +81,8 @@ def measure(report: Report, seconds: float) -> None:
         pool = bench.engine.pool
         storage = open_storage(
             TierConfig(host_bytes=1 << 30), compat=Compat(), layout=pool.layout, pool_pages=pool.pages,
-            blocks=HostBlocks(pool.tensor, pool.layout), host="127.0.0.1", clock=SystemClock(),
-            registry=CollectorRegistry(),
+            blocks=HostBlocks(pool.tensor, pool.layout), host="127.0.0.1", free_bytes=available_bytes(),
+            clock=SystemClock(), registry=CollectorRegistry(),
         )  # fmt: skip
         assert storage is not None, "host memory was asked for"
         role.storage = storage

@@ -135,44 +135,65 @@ class NixlTarget:
         self._name = name
         self._staging = staging
         self._remote = remote
+        self._requests: dict[int, tuple[int, int]] = {}  # by offset: size, request
 
     def write(self, offset: int, size: int) -> NixlWrite:
+        try:
+            request = self._prepared(offset, size)
+            self._engine.agent.postXferReq(request, "")
+        except Exception as error:
+            raise self._engine.failure(error) from error
+        return NixlWrite(self, offset, request)
+
+    def _prepared(self, offset: int, size: int) -> int:
+        """Requests are used again: making one costs as much as posting it, and most chunks fill their slots."""
+        known = self._requests.get(offset)
+        if known is not None and known[0] == size:
+            return known[1]
+        self.release(offset)
         engine = self._engine
         local, remote = (engine.descriptors(region, offset, size) for region in (self._staging, self._remote))
+        request: int = engine.agent.createXferReq(
+            engine.library.NIXL_WRITE, local, remote, self._name, "", [engine.backend]
+        )
+        self._requests[offset] = (size, request)
+        return request
+
+    def landed(self, offset: int, request: int) -> bool:
+        """See `Write`."""
+        library = self._engine.library
         try:
-            request = engine.agent.createXferReq(
-                engine.library.NIXL_WRITE, local, remote, self._name, "", [engine.backend]
-            )
-            engine.agent.postXferReq(request, "")
+            state = self._engine.agent.getXferStatus(request)
         except Exception as error:
-            raise engine.failure(error) from error
-        return NixlWrite(engine, request)
+            self.release(offset)
+            raise self._engine.failure(error) from error
+        if state == library.NIXL_IN_PROG:
+            return False
+        if state != library.NIXL_SUCCESS:
+            self.release(offset)
+            raise WireError(f"NIXL: a write ended as {state}", phase="send")
+        return True
+
+    def release(self, offset: int) -> None:
+        """The request of that slot, which is not under way."""
+        known = self._requests.pop(offset, None)
+        if known is not None:
+            with contextlib.suppress(Exception):
+                self._engine.agent.releaseXferReq(known[1])
 
     def close(self) -> None:
+        for offset in list(self._requests):
+            self.release(offset)
         with contextlib.suppress(Exception):
             self._engine.forget(self._staging)
         self._engine.part(self._name)
 
 
 class NixlWrite:
-    def __init__(self, engine: NixlEngine, request: int) -> None:
-        self._engine = engine
-        self.request = request
+    def __init__(self, target: NixlTarget, offset: int, request: int) -> None:
+        self._target = target
+        self._offset = offset
+        self._request = request
 
     def landed(self) -> bool:
-        engine = self._engine
-        try:
-            state = engine.agent.getXferStatus(self.request)
-        except Exception as error:
-            self._release()
-            raise engine.failure(error) from error
-        if state == engine.library.NIXL_IN_PROG:
-            return False
-        self._release()
-        if state != engine.library.NIXL_SUCCESS:
-            raise WireError(f"NIXL: a write ended as {state}", phase="send")
-        return True
-
-    def _release(self) -> None:
-        with contextlib.suppress(Exception):
-            self._engine.agent.releaseXferReq(self.request)
+        return self._target.landed(self._offset, self._request)
