@@ -26,7 +26,6 @@ class OnesideWire:
     caps = Caps(same_host=False, remote_memory=True, detects_death=True, header_first=True)
     """A write that is done for its sender left the network; the header takes another way into the receiver's memory."""
 
-
     def __init__(self, name: str, open_engine: Callable[[], Engine], *, limit_s: float) -> None:
         """`limit_s` bounds each call of the library that a handshake waits for."""
         self.name = name
