@@ -30,6 +30,7 @@ class Expectations:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[TransferId, Expected] = {}
+        self._closing: dict[TransferId, Gate] = {}  # cancelled while a copy was running
 
     def __len__(self) -> int:
         with self._lock:
@@ -76,16 +77,18 @@ class Expectations:
         return entry.inbound
 
     def cancel(self, transfer_id: TransferId, error: BatonError) -> Gate:
+        """Its fence, also when it was cancelled before."""
         with self._lock:
             entry = self._entries.pop(transfer_id, None)
-        if entry is None:
-            gate = Gate()
+            gate = entry.gate if entry is not None else self._closing.get(transfer_id, Gate())
             gate.close()
+            self._closing[transfer_id] = gate
+            self._closing = {other: closing for other, closing in self._closing.items() if not closing.done()}
+        if entry is None:
             return gate
-        entry.gate.close()
         if entry.tell is not None:
             entry.tell(transfer_id, error)
-        return entry.gate
+        return gate
 
     def overdue(self, now_s: float) -> list[Inbound]:
         """Unclaimed ones past their deadline, for the caller to end."""
