@@ -25,7 +25,7 @@ from baton_kvtransfer.slots import SlotTable
 from baton_kvtransfer.wires.oneside.engine import Engine, Region
 from baton_kvtransfer.wires.oneside.memory import SlotMemory
 from baton_kvtransfer.wires.oneside.mooncake import MooncakeEngine
-from baton_kvtransfer.wires.oneside.nixl import NixlEngine, NixlWrite
+from baton_kvtransfer.wires.oneside.nixl import NixlEngine
 from baton_kvtransfer.wires.oneside.pump import Pump
 from baton_kvtransfer.wires.oneside.wire import OnesideLanding
 from baton_proto.peer_pb2 import Granted, PeerMessage
@@ -88,9 +88,9 @@ def test_a_write_that_was_released_goes_on_and_ends_where_nobody_reads(wire: str
     for _ in range(5):
         landing = SlotMemory(size)
         view = landing.view
-        write = ours.reach(theirs.land(landing.region), staging.region).write(0, size)
-        assert isinstance(write, NixlWrite)
-        ours.agent.releaseXferReq(write.request)
+        target = ours.reach(theirs.land(landing.region), staging.region)
+        target.write(0, size)
+        target.release(0)
         landing.pin()
         theirs.forget(landing.region)
         landed = landed_mib(view)
