@@ -120,7 +120,7 @@ def test_a_port_in_use_is_said_with_its_number(flag: str, tmp_path: Path, capsys
     [
         ("host=1KiB", "host=1024 does not hold 4 pages of"),
         ("host=64MiB,file={folder}/model.safetensors/kv:1GiB", "it cannot be used (Not a directory)"),
-        ("host=900TiB", "MiB of memory are left for host=943718400MiB"),
+        ("host=900TiB", "MiB of memory are left, too few for host=943718400MiB; write host="),
     ],
 )
 def test_tiers_that_cannot_work_here_are_refused_with_the_remedy(

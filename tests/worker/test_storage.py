@@ -315,8 +315,9 @@ def test_pages_of_a_worker_that_computes_otherwise_are_not_found(compat: Compat,
     [
         ("host=4KiB", "host=4096 does not hold 4 pages of 2112 bytes; write host=8448 or more"),
         ("host=1MiB,file={folder}/file/kv:1MiB", "it cannot be used"),
-        ("host=2GiB", "1024 MiB of memory are left for host=2048MiB .*; write host=1024MiB or less"),
+        ("host=2GiB", "1024 MiB of memory are left, too few for host=2048MiB; write host=1024MiB or less"),
         ("host=1000MiB,mooncake=127.0.0.1:1:256MiB", "the 256 MiB that mooncake lends; write host=768MiB or less"),
+        ("host=1MiB,mooncake=127.0.0.1:1:2GiB", "host=1MiB beside the 2048 MiB that mooncake lends; lend less"),
     ],
 )
 def test_what_cannot_work_here_is_refused_with_the_remedy(text: str, says: str, tmp_path: Path) -> None:

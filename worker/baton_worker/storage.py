@@ -174,10 +174,12 @@ def open_storage(
     made_by = (compat.model_digest, str(compat.weights_epoch), compat.compute_dtype, compat.rope)
     namespace = Namespace(model_digest="\x00".join(made_by), layout=layout, ranks=compat.tp_size)
     if config.host_bytes + config.mooncake_segment_bytes > free_bytes:
-        most = max(0, free_bytes - config.mooncake_segment_bytes) >> 20
+        lent_mib, most_mib = config.mooncake_segment_bytes >> 20, free_bytes - config.mooncake_segment_bytes >> 20
+        beside = f" beside the {lent_mib} MiB that mooncake lends" if lent_mib else ""
+        remedy = f"write host={most_mib}MiB or less" if most_mib > 0 else "lend less, or leave the tiers out"
         raise ConfigError(
-            f"--tiers: {free_bytes >> 20} MiB of memory are left for host={config.host_bytes >> 20}MiB and "
-            f"the {config.mooncake_segment_bytes >> 20} MiB that mooncake lends; write host={most}MiB or less",
+            f"--tiers: {free_bytes >> 20} MiB of memory are left, too few for "
+            f"host={config.host_bytes >> 20}MiB{beside}; {remedy}",
             param="tiers",
         )
     if config.folder:

@@ -1,13 +1,12 @@
-"""Memory of the peers' pools: page-aligned, touched, in units of one page size."""
+"""Memory of the peers' pools: of the same kind as ours, touched, in units of one page size."""
 
 from __future__ import annotations
-
-import mmap
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from baton_common.memory import large_pages
 from bench.kvtransfer.shapes import Shape
 
 Bytes = npt.NDArray[np.uint8]
@@ -20,7 +19,7 @@ class Pool:
     def __init__(self, shape: Shape, seed: int) -> None:
         self.bytes = shape.bytes
         self.unit_bytes = shape.unit_bytes
-        self.memory: Bytes = np.frombuffer(mmap.mmap(-1, shape.bytes), np.uint8)
+        self.memory: Bytes = np.frombuffer(large_pages(shape.bytes), np.uint8)
         generator = np.random.default_rng(seed)
         self.memory[:] = generator.integers(0, 256, shape.bytes, dtype=np.uint8) if seed else 0
         self.order = generator.permutation(shape.units)

@@ -140,7 +140,7 @@ def available_bytes(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
         limit = (cgroup / "memory.max").read_text().strip()
         if limit.isdigit():
             found.append(int(limit) - int((cgroup / "memory.current").read_text()) + _cached_bytes(cgroup))
-    except (OSError, KeyError, ValueError):
+    except (OSError, ValueError):
         pass  # no cgroup v2 here, or no limit: the machine's number stands
     return max(min(found), 0)
 
@@ -148,7 +148,7 @@ def available_bytes(*, meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
 def _cached_bytes(cgroup: Path) -> int:
     """Of files that nobody uses at the moment: given up as soon as the container needs memory."""
     fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    return int(fields["inactive_file"])
+    return int(fields.get("inactive_file", 0))
 
 
 def _machine_bytes(meminfo: Path) -> int:

@@ -146,7 +146,7 @@ class NixlTarget:
         return NixlWrite(self, offset, request)
 
     def _prepared(self, offset: int, size: int) -> int:
-        """Requests are used again: making one costs as much as posting it, and most chunks fill their slots."""
+        """Most chunks fill their slots, so the request of a slot is made once and posted again."""
         known = self._requests.get(offset)
         if known is not None and known[0] == size:
             return known[1]
@@ -175,7 +175,7 @@ class NixlTarget:
         return True
 
     def release(self, offset: int) -> None:
-        """The request of that slot, which is not under way."""
+        """Forget the request of that slot. It stops no bytes that are under way."""
         known = self._requests.pop(offset, None)
         if known is not None:
             with contextlib.suppress(Exception):
